@@ -1,0 +1,176 @@
+"""Who is next: ordered files under one short lock, and the only place that starts a worker process."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+from qlora_core import devices, events
+from qlora_core.errors import RunError
+from qlora_core.runs import (
+    ACTIVE,
+    CRASHED,
+    FAILED,
+    READERS_SECONDS,
+    STOPPED,
+    Run,
+    lock,
+    queue_entries,
+)
+from qlora_core.settings import Settings
+
+CPU = "cpu"
+VISIBLE_GPUS = "QLORA_LAB_VISIBLE_GPUS"
+# A worker reads nothing from the network and knows no token (DESIGN.md, rule 4).
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "OAUTH_CLIENT_SECRET")
+
+
+def waiting(settings: Settings) -> bool:
+    return bool(queue_entries(settings))
+
+
+def add(run: Run) -> None:
+    """Put the run at the end of the queue. Does nothing for a run that is there already or running."""
+    settings = run.settings
+    with lock(settings.queue / ".lock", wait=True):
+        # One that has just ended may hold its lock a moment longer; the queue waits for that.
+        if run.status().state in ACTIVE:
+            return
+        (run.path / "stop").unlink(missing_ok=True)
+        entries = queue_entries(settings)
+        number = int(entries[-1].name.partition("-")[0]) + 1 if entries else 1
+        (settings.queue / f"{number:08d}-{run.run_id}").touch()
+
+
+def resume(run: Run) -> None:
+    """Queue a stopped, crashed or failed run again; its worker goes on from the newest sound checkpoint.
+
+    Raises RunError for a run in another state.
+    """
+    state = run.status().state
+    if state not in (STOPPED, CRASHED, FAILED):
+        raise RunError(f"{run.run_id}: is {state}; only a stopped, crashed or failed run can be resumed")
+    add(run)
+
+
+def move(run: Run, place: int) -> None:
+    """Give a waiting run another place, 1 for the next. Raises RunError when it does not wait."""
+    with lock(run.settings.queue / ".lock", wait=True):
+        entries = queue_entries(run.settings)
+        ids = [entry.name.partition("-")[2] for entry in entries]
+        if run.run_id not in ids:
+            raise RunError(f"{run.run_id}: is {run.status().state}, so it has no place in the queue")
+        ids.remove(run.run_id)
+        ids.insert(max(0, place - 1), run.run_id)
+        # New numbers lie above all old ones, so that a kill between two renames loses no run.
+        base = int(entries[-1].name.partition("-")[0]) + 1
+        by_id = {entry.name.partition("-")[2]: entry for entry in entries}
+        for number, run_id in enumerate(ids, base):
+            by_id[run_id].rename(run.settings.queue / f"{number:08d}-{run_id}")
+
+
+def start_next(settings: Settings) -> list[Run]:
+    """Start every waiting run whose device is free, in order; returns those started.
+
+    Whoever is alive calls this: the app on its timer, a finishing worker, the command line.
+    """
+    started = []
+    with lock(settings.queue / ".lock") as held:
+        if held is None:
+            return []
+        for entry in queue_entries(settings):
+            run = Run(settings.runs / entry.name.partition("-")[2], settings)
+            if not (run.path / "config.json").exists() or _launched_since(run, entry):
+                entry.unlink(missing_ok=True)
+                continue
+            try:
+                if _start(run, entry):
+                    started.append(run)
+            except RunError:  # unreadable: it stays, for a person to see and delete, and holds nobody up
+                continue
+    return started
+
+
+def _launched_since(run: Run, entry: Path) -> bool:
+    """True when the starter died between the launch and the removal of the entry."""
+    queued_at = entry.stat().st_mtime
+    return any(isinstance(event, events.Launched) and event.time > queued_at for event in run.events()[0])
+
+
+def _start(run: Run, entry: Path) -> bool:
+    """Start the run's worker on the first free device that it may use; False when none is free.
+
+    Both locks pass to the worker as open descriptors: there is no moment in which nobody holds them, and the kernel
+    frees them when the worker ends, however it ends.
+    """
+    for device in _devices_for(run):
+        with (
+            lock(run.settings.locks / f"{device}.lock") as device_lock,
+            lock(run.path / "lock", patience_seconds=READERS_SECONDS) as run_lock,
+        ):
+            if device_lock is None:
+                continue
+            if run_lock is None:
+                return False
+            earlier = run.events()[0]
+            attempt = 1 + sum(isinstance(event, events.Launched) for event in earlier)
+            events.append(run.events_path, events.Launched(attempt=attempt))
+            try:
+                process = _spawn(run, device, (device_lock, run_lock))
+            except OSError as error:
+                reason = f"the worker could not be started: {error}; mend that, then resume"
+                events.append(run.events_path, events.Failed(step=0, reason=reason))
+                entry.unlink(missing_ok=True)
+                return False
+            # Waits for its end, or it would stay a zombie while this process lives.
+            threading.Thread(target=process.wait, daemon=True).start()
+            os.ftruncate(run_lock, 0)
+            os.pwrite(run_lock, f"{process.pid}\n".encode(), 0)
+            entry.unlink(missing_ok=True)
+            return True
+    return False
+
+
+def _devices_for(run: Run) -> list[str]:
+    wanted = run.config().device
+    # A worker that has ended sees its own device only; it was told what the whole machine may use.
+    found = [gpu.uuid for gpu in devices.gpus(visible=os.environ.get(VISIBLE_GPUS))]
+    if wanted == CPU or not found:
+        return [CPU]
+    return found
+
+
+def worker_environment(settings: Settings, *, device: str) -> dict[str, str]:
+    """What a worker process sees: no token, no network, the one device it may use."""
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return environment | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Without it two busy processes stall each other 3 to 10 times (torch's OpenMP threads spin).
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTORCH_CUDA_ALLOC_CONF": environment.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        VISIBLE_GPUS: os.environ.get(VISIBLE_GPUS, os.environ.get("CUDA_VISIBLE_DEVICES", devices.ALL)),
+        "CUDA_VISIBLE_DEVICES": "" if device == CPU else device,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), environment.get("PYTHONPATH")])),
+        **{spec.metadata["env"]: str(getattr(settings, spec.name)) for spec in fields(settings)},
+    }
+
+
+def _spawn(run: Run, device: str, locks: tuple[int, int]) -> subprocess.Popen[bytes]:
+    with (run.path / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "qlora_core.worker", str(run.path), *map(str, locks)],
+            env=worker_environment(run.settings, device=device),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=locks,
+            cwd=run.path,
+        )

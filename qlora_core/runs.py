@@ -1,0 +1,388 @@
+"""Runs: each is a directory that holds everything about it, and the directory is the truth. Starts no process."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_core import events, models
+from qlora_core.config import TrainConfig
+from qlora_core.data.stored import StoredDataset, store
+from qlora_core.errors import ConfigError, RunError
+from qlora_core.events import Event
+from qlora_core.settings import Settings
+
+QUEUED, RUNNING, FINISHED, STOPPED, FAILED, CRASHED = "queued", "running", "finished", "stopped", "failed", "crashed"
+ACTIVE = (QUEUED, RUNNING)
+READERS_SECONDS = 0.2  # far longer than `Run.is_locked` holds a lock
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands, folded from its events. `detail` is one plain sentence; losses and times are the newest."""
+
+    run_id: str
+    name: str
+    state: str
+    method: str
+    rank: int
+    base_model: str
+    step: int
+    total_steps: int | None
+    loss: float | None
+    eval_loss: float | None
+    step_seconds: float | None
+    eta_seconds: float | None
+    peak_allocated_bytes: int | None
+    peak_host_bytes: int | None
+    queue_place: int | None
+    checkpoint_step: int | None
+    phase: str | None
+    phase_done: int
+    phase_total: int
+    detail: str
+    created_at: float
+    updated_at: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory: config.json, model.json, dataset/, events.jsonl, log.txt, checkpoints/, adapter/, result.json."""
+
+    path: Path
+    settings: Settings
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def config(self) -> TrainConfig:
+        """Raises RunError where another version, or a crash of the machine, left what cannot be read."""
+        try:
+            return TrainConfig.from_json_file(self.path / "config.json")
+        except (ConfigError, ValueError) as error:
+            raise RunError(f"{self.run_id}: its config.json cannot be read ({error}); delete the run") from None
+
+    def key(self) -> str | None:
+        """Equal for equal settings on equal rows and base; None in a folder that something else made."""
+        path = self.path / "key"
+        return path.read_text() if path.exists() else None
+
+    def base_model(self) -> models.BaseModel:
+        return models.BaseModel.from_json(json.loads((self.path / "model.json").read_text()))
+
+    def dataset(self) -> StoredDataset:
+        return StoredDataset.load(self.path / "dataset")
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run found: run_info, train_info, meta_info; None until it has ended with an adapter."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def events(self, offset: int = 0) -> tuple[list[Event], int]:
+        return events.read(self.events_path, offset)
+
+    def history(self) -> list[Event]:
+        """The events that still hold, over all attempts."""
+        return events.effective(events.read_all(self.events_path))
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The end of what the worker printed; at most 64 KiB are read."""
+        try:
+            with (self.path / "log.txt").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 65_536))
+                text = file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def queue_place(self) -> int | None:
+        """1 for the next run to start; None when the run is not waiting."""
+        for place, entry in enumerate(queue_entries(self.settings), 1):
+            if entry.name.partition("-")[2] == self.run_id:
+                return place
+        return None
+
+    def status(self) -> RunStatus:
+        """Raises RunError for a run whose files cannot be read."""
+        status = _status(self)
+        # It may have ended between the look at its events and the look at its lock; a second look sees its last word.
+        return _status(self) if status.state == CRASHED else status
+
+    def is_locked(self) -> bool:
+        """True while a worker (or the queue, about to start it) holds the run."""
+        if not self.path.exists():  # deleted meanwhile; a lock would make its folder again
+            return False
+        with lock(self.path / "lock", shared=True) as descriptor:
+            return descriptor is None
+
+    def request_stop(self) -> str:
+        """Ask the worker to save and stop, or take the run out of the queue. Returns what happens, as a sentence.
+
+        Raises RunError when there is nothing to stop.
+        """
+        state = self.status().state
+        if state not in ACTIVE:
+            raise RunError(f"{self.run_id}: is {state}, so there is nothing to stop")
+        (self.path / "stop").touch()
+        with (
+            lock(self.settings.queue / ".lock", wait=True),
+            lock(self.path / "lock", patience_seconds=READERS_SECONDS if state == QUEUED else 0) as descriptor,
+        ):
+            if descriptor is not None:
+                # Nobody trains it: what is left is the queue's entry, or the last word of a worker that has just ended.
+                (self.path / "stop").unlink(missing_ok=True)
+                if self.queue_place() is None:
+                    return "has just ended by itself"
+                remove_from_queue(self)
+                events.append(self.events_path, events.Stopped(step=self.status().step))
+                return "taken out of the queue"
+        # The worker looks for the file between passes, steps and tokens; a signal would kill one that is still starting.
+        return "saving and stopping after the current step"
+
+
+class RunStore:
+    """All runs below `settings.home`. Keeps nothing in memory that matters."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def create(self, config: TrainConfig, *, token: str | None = None) -> Run:
+        """Check and copy the dataset, resolve the base model, and make the run's directory.
+
+        The same config on the same rows while such a run is queued or running returns that run: a double click
+        starts one. Raises DatasetError, ModelError.
+        """
+        self.settings.runs.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+        temporary = self.settings.runs / f".creating-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            # The dataset first: a typo in its name must not cost the download of a model.
+            dataset = store(
+                config,
+                temporary / "dataset",
+                max_row_bytes=self.settings.max_row_bytes,
+                max_rows=self.settings.max_rows,
+            )
+            model = models.resolve(config.base_model, self.settings, token=token)
+            key = hashlib.sha256(
+                json.dumps(
+                    [config.to_json(), model.to_json(), dataset.train_fingerprint, dataset.eval_fingerprint]
+                ).encode()
+            ).hexdigest()
+            (temporary / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+            (temporary / "model.json").write_text(json.dumps(model.to_json(), indent=1))
+            (temporary / "key").write_text(key)
+            for path in temporary.glob("*"):
+                sync(path)
+            with lock(self.settings.runs / ".lock", wait=True):
+                for run in self.list():
+                    # A run without events is about to be queued.
+                    if run.key() == key and (run.status().state in ACTIVE or not run.events_path.exists()):
+                        return run
+                path = self.settings.runs / _run_id(config)
+                temporary.rename(path)
+            return Run(path, self.settings)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def get(self, run_id: str) -> Run:
+        """Raises RunError; names runs that the text is the beginning of."""
+        ids = [run.run_id for run in self.list()]
+        if run_id in ids:
+            return Run(self.settings.runs / run_id, self.settings)
+        close = [known for known in ids if known.startswith(run_id)] if run_id else []
+        if len(close) == 1:
+            return Run(self.settings.runs / close[0], self.settings)
+        hint = f"it could be {', '.join(close)}" if close else "`python -m qlora_core runs list` shows those there are"
+        raise RunError(f"there is no run {run_id!r}; {hint}")
+
+    def list(self) -> list[Run]:
+        """Newest first."""
+        if not self.settings.runs.is_dir():
+            return []
+        paths = [p.parent for p in self.settings.runs.glob("*/config.json") if not p.parent.name.startswith(".")]
+        return [Run(path, self.settings) for path in sorted(paths, key=lambda p: p.name, reverse=True)]
+
+    def delete(self, run: Run) -> None:
+        """Raises RunError while the run is queued or running."""
+        try:
+            state = run.status().state  # asked before the lock is ours, or it would be running
+        except RunError:
+            state = "unreadable"
+        with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as descriptor:
+            if descriptor is None or run.queue_place():
+                raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
+            # A kill leaves no half of a run among the others.
+            doomed = self.settings.runs / f".deleted-{run.run_id}"
+            run.path.rename(doomed)
+            shutil.rmtree(doomed)
+            for copy in self.settings.downloads.glob(f"{run.run_id}*"):
+                copy.unlink(missing_ok=True)
+
+    def _remove_abandoned(self) -> None:
+        """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
+        for path in [*self.settings.runs.glob(".creating-*"), *self.settings.runs.glob(".deleted-*")]:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > 86_400:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _run_id(config: TrainConfig) -> str:
+    """Sorts by time, says what it is, is safe as a file name and never the same twice."""
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in config.run_name())
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}-{safe.strip('-.')[:60] or 'run'}"
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, shared: bool = False, wait: bool = False, patience_seconds: float = 0) -> Iterator[int | None]:
+    """Hold a `flock` on the file; yields its descriptor, or None when another process has it and `wait` is off.
+
+    `patience_seconds` outlasts those who only look whether it is held, and hold it shared for that moment.
+
+    The kernel frees it when the last process that inherited the descriptor ends, SIGKILL included.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        deadline, held = time.monotonic() + patience_seconds, False
+        while not held:
+            try:
+                fcntl.flock(descriptor, mode)
+                held = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.002)
+        yield descriptor if held else None
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def queue_entries(settings: Settings) -> list[Path]:
+    """Files `<place>-<run id>` in the order in which runs will start."""
+    return sorted(settings.queue.glob("[0-9]*-*")) if settings.queue.is_dir() else []
+
+
+def remove_from_queue(run: Run) -> None:
+    for entry in queue_entries(run.settings):
+        if entry.name.partition("-")[2] == run.run_id:
+            entry.unlink(missing_ok=True)
+
+
+def _newest(history: list[Event], kind: type[Event]) -> Any:
+    return next((event for event in reversed(history) if isinstance(event, kind)), None)
+
+
+def _status(run: Run) -> RunStatus:
+    config, history = run.config(), run.history()
+    step, evaluation = _newest(history, events.Step), _newest(history, events.Evaluation)
+    started, checkpoint = _newest(history, events.Started), _newest(history, events.Checkpoint)
+    launched = max((i for i, e in enumerate(history) if isinstance(e, events.Launched)), default=-1)
+    this_attempt = history[launched + 1 :]
+    terminal = _newest(this_attempt, events.TERMINAL)
+    place = run.queue_place()
+    if run.is_locked() and terminal is None:
+        state = RUNNING
+    elif place is not None:
+        state = QUEUED
+    elif terminal is not None:
+        state = {events.Finished: FINISHED, events.Stopped: STOPPED, events.Failed: FAILED}[type(terminal)]
+    else:
+        state = CRASHED
+    phase = this_attempt[-1] if this_attempt and isinstance(this_attempt[-1], events.Phase) else None
+    last_step = step.step if step else 0
+    total = started.total_steps if started else None
+    seconds = [event.step_seconds for event in events.timed_steps(history)]
+    eta = _eta_seconds(config, this_attempt, last_step, total) if state == RUNNING and total else None
+    status = RunStatus(
+        run_id=run.run_id,
+        name=config.run_name(),
+        state=state,
+        method=config.method,
+        rank=config.rank,
+        base_model=run.base_model().name,
+        step=last_step,
+        total_steps=total,
+        loss=step.loss if step else None,
+        eval_loss=evaluation.loss if evaluation else None,
+        step_seconds=statistics.median(seconds) if seconds else None,
+        eta_seconds=eta,
+        peak_allocated_bytes=events.peak(history, "peak_allocated_bytes"),
+        peak_host_bytes=events.peak(history, "peak_host_bytes"),
+        queue_place=place if state == QUEUED else None,
+        checkpoint_step=checkpoint.step if checkpoint else None,
+        phase=phase.name if phase and state == RUNNING else None,
+        phase_done=phase.done if phase else 0,
+        phase_total=phase.total if phase else 0,
+        detail="",
+        created_at=(run.path / "config.json").stat().st_mtime,
+        updated_at=history[-1].time if history else (run.path / "config.json").stat().st_mtime,
+    )
+    return replace(status, detail=_detail(run, status, this_attempt))
+
+
+def _eta_seconds(config: TrainConfig, attempt: list[Event], step: int, total: int) -> float | None:
+    """Seconds to the end at the pace of this attempt, its evaluations and checkpoints included, and the last scoring."""
+    steps = [event for event in attempt if isinstance(event, events.Step)]
+    if not steps:
+        return None
+    begin = steps[0].time - steps[0].step_seconds
+    remaining = (steps[-1].time - begin) / len(steps) * (total - step)
+    scores = [event.seconds for event in attempt if isinstance(event, events.Score) and event.step < total]
+    if config.score != "none" and scores:
+        remaining += scores[-1]
+    return max(0.0, remaining - (time.time() - steps[-1].time))
+
+
+def _detail(run: Run, status: RunStatus, attempt: list[Event]) -> str:
+    """The sentence for the rest of the status."""
+    step, saved = status.step, status.checkpoint_step
+    of_total = f"step {step} of {status.total_steps}" if status.total_steps else "starting"
+    if status.state == QUEUED:
+        return f"waits for the device, place {status.queue_place} in the queue"
+    if status.state == RUNNING:
+        if (run.path / "stop").exists():
+            return f"saving and stopping, {of_total}"
+        if status.phase:
+            return status.phase + (f" {status.phase_done} of {status.phase_total}" if status.phase_total else "")
+        has_started = _newest(attempt, events.Started) is not None
+        return of_total if has_started else "starting again" if step else "starting"
+    if status.state == FINISHED:
+        return f"finished after {step} steps"
+    if status.state == STOPPED:
+        return f"saved at step {step}" if saved is not None else "stopped before the first step"
+    if status.state == FAILED:
+        return _newest(attempt, events.Failed).reason
+    goes_on = f"can be resumed from step {saved}" if saved is not None else "no checkpoint yet, resuming starts again"
+    return f"the worker ended without a word at step {step}; {goes_on}"

@@ -1,0 +1,142 @@
+"""The Train form as data: fields of TrainConfig <-> values of components <-> the equal command line. Builds no page."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from qlora_core.config import TARGET_PRESETS, TrainConfig
+from qlora_core.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE_CONFIG = EXAMPLES / "qlora.yaml"
+# Chosen on the Data tab, not in the form.
+ELSEWHERE = ("data", "eval_data", "skip_bad_rows")
+SIMPLE = ("base_model", "method", "rank", "num_epochs", "max_steps", "name")
+# A person's own choice, whatever the data; the others follow the dataset while nobody has changed them.
+KEPT = ("base_model", "method", "rank")
+SPECS = {spec.name: spec for spec in fields(TrainConfig) if spec.name not in ELSEWHERE}
+GROUPS = {
+    "data": "Rows",
+    "adapter": "Adapter",
+    "quantisation": "Quantisation",
+    "optimizer": "Optimizer",
+    "memory": "Memory and speed",
+    "evaluation": "Evaluation and checkpoints",
+}
+LABELS = {
+    "base_model": "Base model",
+    "num_epochs": "Epochs",
+    "max_steps": "Steps",
+    "name": "Name of the run",
+    "max_seq_length": "Longest row, tokens",
+    "eval_fraction": "Held-out share",
+    "lora_alpha": "LoRA alpha",
+    "lora_dropout": "LoRA dropout",
+    "lr_schedule": "Learning-rate schedule",
+    "token_budget": "Token budget a pass",
+    "eval_steps": "Steps between evaluations",
+    "save_steps": "Steps between checkpoints",
+}
+CHOICE_LABELS = {
+    "method": [("QLoRA", "qlora"), ("LoRA", "lora")],
+    "base_model": [("bundled: SmolLM2-135M-Instruct", "bundled")],
+}
+STEPS = {"learning_rate": 0.0001, "warmup_fraction": 0.01, "eval_fraction": 0.05, "lora_dropout": 0.05}
+
+
+def example_config() -> TrainConfig:
+    """The recommended, working choice that the page opens with."""
+    return TrainConfig.from_yaml(EXAMPLE_CONFIG)
+
+
+def component(name: str, value: Any) -> gr.components.Component:
+    """The input of one field, from its type, limits and help text."""
+    spec, label = SPECS[name], LABELS.get(name, name.replace("_", " ").capitalize())
+    common = {"label": label, "info": spec.metadata["help"], "elem_id": f"field-{name}", "interactive": True}
+    choices = CHOICE_LABELS.get(name) or list(spec.metadata.get("choices", ()))
+    if name in ("base_model", "target_modules"):
+        return gr.Dropdown(
+            choices or list(TARGET_PRESETS), value=to_form(name, value), allow_custom_value=True, **common
+        )
+    if choices:
+        return gr.Radio(choices, value=value, **common)
+    if spec.type is bool:
+        return gr.Checkbox(value=value, **common)
+    optional = _optional(name) or name == "name"
+    # gr.Number shows and sends an empty field as 0, so a number that may be empty is a text.
+    if not optional and any(kind in str(spec.type) for kind in ("int", "float")):
+        return gr.Number(value=value, step=STEPS.get(name, 1), **common)
+    return gr.Textbox(value=to_form(name, value), max_lines=1, placeholder="automatic" if optional else None, **common)
+
+
+def to_form(name: str, value: Any) -> Any:
+    """A field's value as its component holds it."""
+    if _optional(name):
+        return "" if value is None else str(value)
+    return ", ".join(value) if isinstance(value, (tuple, list)) else value
+
+
+def to_config(values: dict[str, Any], dataset: dict[str, Any]) -> TrainConfig:
+    """The form's values and the chosen dataset as a config. Raises ConfigError naming every wrong field."""
+    names = [part.strip() for part in (values.get("score_fields") or "").split(",") if part.strip()]
+    cleaned = {name: value.strip() or None if _optional(name) else value for name, value in values.items()}
+    cleaned |= {"score_fields": names, "name": (values.get("name") or "").strip()}
+    problems = [f"{name} is empty; {SPECS[name].metadata['help']}" for name in SPECS if _missing(name, cleaned)]
+    try:
+        config = TrainConfig.from_mapping(
+            {name: value for name, value in cleaned.items() if not _missing(name, cleaned)} | dataset,
+            where="Train",
+        )
+    except ConfigError as error:
+        problems += [problem.removeprefix("Train: ") for problem in error.problems]
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def _optional(name: str) -> bool:
+    return bool(SPECS[name].metadata.get("optional"))
+
+
+def _missing(name: str, values: dict[str, Any]) -> bool:
+    return values.get(name) in (None, "") and not _optional(name) and name not in ("name", "score_fields")
+
+
+def wrong_fields(problems: Iterable[str]) -> list[str]:
+    """The fields that problems begin with, so that the page can mark them."""
+    found = (re.match(r"[a-z_]+", problem) for problem in problems)
+    return [match[0] for match in found if match and match[0] in SPECS]
+
+
+def command_line(config: TrainConfig) -> str:
+    """What does the same in a shell: only options that differ from the defaults, quoted, one a line."""
+    default, parts = TrainConfig(), []
+    for spec in fields(TrainConfig):
+        value, option = getattr(config, spec.name), spec.name.replace("_", "-")
+        if value == getattr(default, spec.name):
+            continue
+        if isinstance(value, bool):
+            parts.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            parts.append(f"--{option} {shlex.quote(_short(text) if spec.name in ('data', 'eval_data') else text)}")
+    return " \\\n  ".join(["python -m qlora_core train", *parts])
+
+
+def _short(path: str) -> str:
+    """Relative to where the app was started, when it lies below."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps that the run will take on that many training rows."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, round(-(-rows // config.rows_per_step) * config.num_epochs))

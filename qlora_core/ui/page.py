@@ -1,0 +1,98 @@
+"""The page as a whole: a status line, the tabs, and what leads from one to the other."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from qlora_core.runs import ACTIVE
+from qlora_core.settings import Settings
+from qlora_core.ui import run_view
+from qlora_core.ui.data_tab import DataTab
+from qlora_core.ui.endpoints import add_endpoints
+from qlora_core.ui.publish_tab import PublishTab, follow
+from qlora_core.ui.runs_tab import RunsTab, default_run
+from qlora_core.ui.status import status_html
+from qlora_core.ui.train_tab import TrainTab
+
+DATA, TRAIN, RUNS, PUBLISH = "data", "train", "runs", "publish"
+# Handlers of the page are no API; several people may use them at once, and none shows gradio's own spinner.
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+CHECKING = '<p class="lab-hint" role="status">Checking the dataset and fetching the base model …</p>'
+# Uploads are copied out of gradio's cache, so what lies there for a day can go.
+DAY = 86_400
+
+
+def build_app(settings: Settings) -> gr.Blocks:
+    """The whole page. Keeps nothing that matters: everything is read from `settings.home`."""
+    with gr.Blocks(title="QLoRA Lab", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
+        status = gr.HTML(status_html([]), elem_id="status")
+        with gr.Tabs(selected=DATA, elem_id="tabs") as tabs:
+            with gr.Tab("Data", id=DATA):
+                data = DataTab(settings)
+            with gr.Tab("Train", id=TRAIN):
+                train = TrainTab(settings)
+            with gr.Tab("Runs", id=RUNS):
+                runs = RunsTab(settings, status)
+            with gr.Tab("Publish", id=PUBLISH) as publish_tab:
+                publish = PublishTab(settings)
+        picked = data.connect(train.fields["base_model"], train.fields["max_seq_length"], HIDDEN)
+        train.connect(data.chosen, picked, HIDDEN)
+        runs.connect(HIDDEN)
+        publish.connect(HIDDEN)
+        _connect_tabs(tabs, publish_tab, data, train, runs, publish)
+        _open_page(demo, tabs, runs, settings)
+        opened = data.on_load(demo, train.fields["base_model"], train.fields["max_seq_length"], HIDDEN)
+        opened.then(train.settle, [data.chosen, *train.inputs], train.inputs, **HIDDEN)
+        add_endpoints(settings)
+    return demo
+
+
+def _connect_tabs(
+    tabs: gr.Tabs, publish_tab: gr.Tab, data: DataTab, train: TrainTab, runs: RunsTab, publish: PublishTab
+) -> None:
+    def start(chosen: Any, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
+        yield CHECKING, gr.skip(), gr.skip()
+        problems, run = train.begin(chosen, *values)
+        yield problems, gr.Tabs(selected=RUNS) if run else gr.skip(), run.run_id if run else gr.skip()
+
+    def copy_settings(selected: str) -> list[Any]:
+        found = runs.settings_of(selected)
+        if found is None:
+            return [gr.skip(), gr.skip(), *(gr.skip() for _ in train.inputs)]
+        chosen, config = found
+        return [gr.Tabs(selected=TRAIN), chosen or gr.skip(), *train.fill(config)]
+
+    def to_publish(selected: str) -> tuple[Any, Any]:
+        return gr.Tabs(selected=PUBLISH), publish.choices(selected)
+
+    data.use.click(lambda: gr.Tabs(selected=TRAIN), None, tabs, **HIDDEN)
+    train.change.click(lambda: gr.Tabs(selected=DATA), None, tabs, **HIDDEN)
+    train.start.click(
+        start,
+        [data.chosen, *train.inputs],
+        [train.problems, tabs, runs.selected],
+        **HIDDEN,
+    )
+    runs.copy.click(copy_settings, runs.selected, [tabs, data.chosen, *train.inputs], **HIDDEN)
+    runs.publish.click(to_publish, runs.selected, [tabs, publish.run], **HIDDEN)
+    runs.download.click(publish.adapter, runs.selected, runs.problem, **HIDDEN).then(
+        None, None, None, js=follow("run-problem"), **HIDDEN
+    )
+    publish_tab.select(publish.choices, [publish.run, runs.selected], publish.run, **HIDDEN)
+
+
+def _open_page(demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, settings: Settings) -> None:
+    def attach(request: gr.Request) -> tuple[str, Any]:
+        """A named or running run is shown at once; else the page opens with Data."""
+        found = run_view.statuses(settings)
+        named = str(request.query_params.get("run") or "")
+        known = any(status.run_id == named for status in found)
+        first = default_run(found)
+        run_id = named if known else first.run_id if first else ""
+        busy = any(status.state in ACTIVE for status in found)
+        return run_id, gr.Tabs(selected=RUNS) if known or busy else gr.skip()
+
+    demo.load(attach, None, [runs.selected, tabs], **HIDDEN).then(
+        runs.tick, [runs.selected, runs.cursor], runs.outputs, **HIDDEN
+    )

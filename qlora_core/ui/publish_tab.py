@@ -1,0 +1,186 @@
+"""The Publish tab: the adapter as a zip, and the merged model. Files are made below `<home>/downloads`."""
+
+import os
+import secrets
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from qlora_core.errors import LabError, RunError
+from qlora_core.merging import merge
+from qlora_core.runs import ACTIVE, Run, RunStore
+from qlora_core.settings import Settings
+from qlora_core.ui import run_view
+from qlora_core.ui.preview import safe_name
+from qlora_core.ui.words import METHOD_NAMES, empty, esc, facts, loss, problems_panel, size
+
+ONTO = [
+    ("the base as it was trained on: dequantised from 4 bits", "dequantized"),
+    ("the original 16-bit base", "original"),
+]
+WHY = {
+    "dequantized": "The adapter learnt to correct the 4-bit weights, so this merge answers as the trained model did.",
+    "original": "The weights are the better ones, but the adapter never saw them: answers may differ a little.",
+    "lora": "LoRA trained on the original base, so the merge answers as the trained model did.",
+}
+
+
+def follow(elem_id: str) -> str:
+    """Script that follows the link which a handler has just put into that output: one click prepares and downloads."""
+    return f"() => {{ const a = document.querySelector('#{elem_id} .lab-fresh a.lab-link'); if (a) a.click(); }}"
+
+
+REPORT_SECONDS = 1.0
+
+
+class PublishTab:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.run = gr.Dropdown(
+            [], label="Run", info="finished or stopped runs", elem_id="publish-run", interactive=True
+        )
+        self.summary = gr.HTML(self.nothing(), elem_id="publish-summary")
+        with gr.Row(visible=False, elem_id="publish-page") as self.page:
+            with gr.Column(min_width=300):
+                gr.HTML('<div class="lab-step">Adapter</div>')
+                gr.HTML(
+                    '<p class="lab-hint">A few megabytes, used with the base model. PEFT and most servers load it.</p>'
+                )
+                self.zip = gr.Button("Download adapter (zip)", variant="primary", elem_id="download-adapter")
+                self.adapter_file = gr.HTML("", min_height=44, elem_id="adapter-file")
+            with gr.Column(min_width=300):
+                gr.HTML('<div class="lab-step">Merged model</div>')
+                gr.HTML('<p class="lab-hint">One model without an adapter, as large as the base in 16 bits.</p>')
+                self.onto = gr.Radio(ONTO, value="dequantized", label="Merge onto", elem_id="onto")
+                self.why = gr.HTML("")
+                self.merge = gr.Button("Merge and download", elem_id="merge")
+                self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
+
+    def connect(self, hidden: dict[str, Any]) -> None:
+        shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file]
+        self.run.change(self.show, self.run, shown, **hidden)
+        self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
+        self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(
+            None, None, None, js=follow("adapter-file"), **hidden
+        )
+        self.merge.click(self.merged, [self.run, self.onto], self.merged_file, **hidden).then(
+            None, None, None, js=follow("merged-file"), **hidden
+        )
+
+    def choices(self, current: str | None, looked_at: str | None = None) -> Any:
+        """The Run dropdown: runs with an adapter, newest first; at first the one that was looked at in Runs."""
+        found = [
+            (f"{s.name} · {METHOD_NAMES[s.method]} r{s.rank} · {s.state} · {s.run_id[:15]}", s.run_id)
+            for s in run_view.statuses(self.settings)
+            if s.state not in ACTIVE and _has_adapter(Run(self.settings.runs / s.run_id, self.settings))
+        ]
+        ids = [run_id for _, run_id in found]
+        wanted = [run_id for run_id in (looked_at, current, *ids) if run_id in ids]
+        return gr.Dropdown(choices=found, value=next(iter(wanted), None))
+
+    def nothing(self) -> str:
+        return empty("Nothing to publish yet", "Start a run; when it has finished or stopped, its adapter is here.")
+
+    def show(self, run_id: str | None) -> tuple[Any, ...]:
+        try:
+            run = RunStore(self.settings).get(run_id or "")
+            config, status = run.config(), run.status()
+        except (LabError, FileNotFoundError):
+            return self.nothing(), gr.Row(visible=False), gr.skip(), gr.skip(), "", ""
+        pairs = [
+            ("state", status.state),
+            ("steps", f"{status.step:,}"),
+            ("evaluation loss", loss(status.eval_loss)),
+            ("base model", status.base_model),
+        ]
+        head = f'<div class="lab-card"><h3>{esc(status.name)}</h3>{facts(pairs)}</div>'
+        quantised = config.method == "qlora"
+        onto = gr.Radio(value="dequantized" if quantised else "original", visible=quantised)
+        why = _hint(WHY["dequantized" if quantised else "lora"])
+        return head, gr.Row(visible=True), onto, why, "", ""
+
+    def adapter(self, run_id: str | None) -> str:
+        try:
+            return _link(adapter_zip(RunStore(self.settings).get(run_id or ""), self.settings))
+        except LabError as error:
+            return problems_panel(error.problems, title="No download")
+
+    def merged(self, run_id: str | None, onto: str) -> Iterator[str]:
+        """Merges in a thread, so that a person sees how long it has been going on."""
+        told: list[Any] = ["starting the merge"]
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                run = RunStore(self.settings).get(run_id or "")
+                chosen = onto if run.config().method == "qlora" else "original"
+                folder = merge(run, onto=chosen, report=told.append)
+                told.append(merged_zip(run, folder, self.settings, told.append))
+            except LabError as error:
+                told.append(error)
+            finally:
+                done.set()
+
+        threading.Thread(target=work, daemon=True).start()
+        waited = 0
+        while not done.wait(REPORT_SECONDS):
+            waited += 1
+            yield _hint(f"{told[-1]} … {waited} s")
+        if isinstance(told[-1], Path):
+            yield _link(told[-1])
+        else:
+            yield problems_panel(
+                getattr(told[-1], "problems", ("the merge ended early; see the app's output",)), title="No merge"
+            )
+
+
+def adapter_zip(run: Run, settings: Settings) -> Path:
+    """`<run name>/…` of adapter/: what loads it, never a checkpoint or optimizer state. Raises RunError."""
+    if not _has_adapter(run) or run.status().state in ACTIVE:
+        raise RunError(f"{run.run_id}: has no adapter to download yet; wait until it has finished, or stop it")
+    return _zip(run, run.adapter, f"{run.run_id}-adapter.zip", settings, lambda text: None, zipfile.ZIP_DEFLATED)
+
+
+def merged_zip(run: Run, folder: Path, settings: Settings, report: Any) -> Path:
+    # Weights do not compress.
+    return _zip(run, folder, f"{run.run_id}-{folder.name}.zip", settings, report, zipfile.ZIP_STORED)
+
+
+def _zip(run: Run, folder: Path, name: str, settings: Settings, report: Any, compression: int) -> Path:
+    target = settings.downloads / name
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in files):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{name}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    top = safe_name(run.config().run_name())
+    try:
+        with zipfile.ZipFile(partial, "w", compression) as archive:
+            for path in files:
+                report(f"packing {path.name}, {size(path.stat().st_size)}")
+                archive.write(path, f"{top}/{path.name}")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _has_adapter(run: Run) -> bool:
+    return (run.adapter / "adapter_model.safetensors").exists()
+
+
+def _link(path: Path) -> str:
+    # A plain link into allowed_paths: gradio's file components would first copy gigabytes into their cache.
+    return (
+        f'<div class="lab-fresh"><a class="lab-link" download="{esc(path.name)}" '
+        f'href="gradio_api/file={esc(quote(str(path)))}">{esc(path.name)} · {size(path.stat().st_size)}</a></div>'
+    )
+
+
+def _hint(text: str) -> str:
+    return f'<p class="lab-hint">{esc(text)}</p>'

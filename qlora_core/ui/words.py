@@ -1,0 +1,151 @@
+"""Figures and events -> the words and small pieces of HTML of the page. Every text from outside is escaped here."""
+
+import html
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qlora_core import events
+from qlora_core.devices import GIB
+from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
+from qlora_core.scores import wilson_interval
+
+METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
+# A sign beside the word, so that colour alone never carries a state.
+STATE_SIGNS = {QUEUED: "◷", RUNNING: "▶", FINISHED: "✓", STOPPED: "■", FAILED: "✕", CRASHED: "!"}
+
+
+def esc(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def size(number: int | None) -> str:
+    """Bytes with a unit and sensible digits."""
+    if number is None:
+        return "–"
+    if number >= 0.1 * GIB:
+        return f"{number / GIB:.2f} GiB"
+    if number >= 1024**2:
+        return f"{number / 1024**2:.1f} MiB"
+    return f"{number / 1024:.1f} KiB" if number >= 1024 else counted(number, "byte")
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+def duration(value: float) -> str:
+    """How long something still takes, no more exact than it can be known."""
+    if value < 60:
+        return "less than a minute"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def clock(stamp: float) -> str:
+    """Time of day; with the date when it was not today."""
+    then, now = time.localtime(stamp), time.localtime()
+    return time.strftime("%H:%M:%S" if then[:3] == now[:3] else "%d %b %H:%M", then)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def memory(status: RunStatus) -> str:
+    """The measured peak with its kind: GPU and host memory are never compared."""
+    if status.peak_allocated_bytes is not None:
+        return f"{size(status.peak_allocated_bytes)} GPU"
+    return f"{size(status.peak_host_bytes)} host" if status.peak_host_bytes is not None else "–"
+
+
+def state_chip(state: str) -> str:
+    return f'<span class="lab-chip lab-{esc(state)}"><i aria-hidden="true">{STATE_SIGNS[state]}</i>{esc(state)}</span>'
+
+
+def method_chip(method: str) -> str:
+    return f'<span class="lab-method lab-method-{esc(method)}">{METHOD_NAMES[method]}</span>'
+
+
+def problems_panel(problems: Iterable[str], *, title: str = "This cannot run yet") -> str:
+    """All problems in one place that stays until they are mended; empty without any."""
+    items = "".join(f"<li>{esc(problem)}</li>" for problem in problems)
+    return f'<div class="lab-problems" role="alert"><b>{esc(title)}</b><ul>{items}</ul></div>' if items else ""
+
+
+def empty(title: str, what_next: str) -> str:
+    return f'<div class="lab-empty"><b>{esc(title)}</b><p>{esc(what_next)}</p></div>'
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Named figures beside each other."""
+    cells = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in pairs)
+    return f'<dl class="lab-facts">{cells}</dl>'
+
+
+def share(correct: int, total: int) -> str:
+    low, high = wilson_interval(correct, total)
+    return f"{correct} of {total} ({correct / total:.0%}; 95 % interval {low:.0%} to {high:.0%})"
+
+
+def event_lines(history: Sequence[events.Event]) -> list[tuple[float, str]]:
+    """(time, sentence) of everything worth telling; of a phase's progress only the newest."""
+    lines: list[tuple[float, str]] = []
+    phase = None
+    for event in history:
+        for number, text in enumerate(_sentences(event)):
+            if isinstance(event, events.Phase) and phase == event.name and number == 0:
+                lines.pop()
+            lines.append((event.time, text))
+        phase = event.name if isinstance(event, events.Phase) else None
+    return lines
+
+
+def _sentences(event: events.Event) -> list[str]:
+    match event:
+        case events.Launched():
+            return ["worker started" if event.attempt == 1 else f"worker started again, attempt {event.attempt}"]
+        case events.Note():
+            return [event.text]
+        case events.Phase():
+            return [event.name + (f": {event.done} of {event.total}" if event.total else "")]
+        case events.Started():
+            return _started(event)
+        case events.Resumed():
+            return [f"goes on after step {event.from_step}", *event.skipped]
+        case events.Evaluation():
+            return [f"step {event.step}: evaluation loss {event.loss:.4f} ({seconds(event.seconds)})"]
+        case events.Score():
+            return [f"step {event.step}: right answers {share(event.correct, event.total)}"]
+        case events.Checkpoint():
+            return [f"step {event.step}: saved"]
+        case events.Finished():
+            return [f"finished after {counted(event.step, 'step')}"]
+        case events.Stopped():
+            return [f"stopped at step {event.step}"]
+        case events.Failed():
+            return [f"failed at step {event.step}: {event.reason}"]
+    return []
+
+
+def _started(event: events.Started) -> list[str]:
+    lines = [
+        f"{counted(event.total_steps, 'step')} on {counted(event.train_rows, 'row')}, "
+        f"evaluation on {counted(event.eval_rows, 'row')}; {event.device}, {event.compute_dtype}, {event.template}",
+        f"{event.trainable_parameters:,} weights of the adapter learn",
+        event.packed_reason,
+        event.compiled_reason,
+    ]
+    if event.rows_cut:
+        lines.append(f"{counted(event.rows_cut, 'row')} cut at max_seq_length")
+    for what, left_out in (("left out", event.rows_left_out), ("left out of the evaluation", event.eval_rows_left_out)):
+        if left_out:
+            listed = ", ".join(map(str, left_out[:20])) + (" …" if len(left_out) > 20 else "")
+            lines.append(f"{what}: {counted(len(left_out), 'row')} (lines {listed})")
+    return lines

@@ -1,0 +1,106 @@
+"""The device and number types that a run uses, memory read off it, and refusal of a GPU that torch cannot use."""
+
+import contextlib
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from qlora_core import devices
+from qlora_core.config import TrainConfig
+from qlora_core.errors import DeviceError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """Raises DeviceError where a GPU is here, or was asked for, that the installed torch cannot use."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    here = devices.gpus()
+    if not here:
+        if config.device == "cuda":
+            raise DeviceError("device is 'cuda' but no GPU is here; choose 'auto' or 'cpu'")
+        return torch.device("cpu")
+    problem = devices.torch_gpu_problem() or _capability_problem(here[0])
+    if problem:
+        raise DeviceError(problem)
+    return torch.device("cuda", 0)
+
+
+def _capability_problem(gpu: devices.Gpu) -> str | None:
+    """Why kernels of the installed torch do not run on this GPU, asked of torch itself."""
+    version = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+    driver = devices.driver_versions() or ("unknown", "unknown")
+    where = f"{gpu.name}, driver {driver[0]} (CUDA {driver[1]})"
+    if not torch.cuda.is_available():
+        return (
+            f"A GPU is here ({where}) but the installed {version} cannot use it. "
+            "Install a torch built for this driver, update the driver, or choose the device 'cpu'."
+        )
+    try:
+        torch.ones(2, device="cuda").sum().item()
+    except RuntimeError as error:
+        built_for = ", ".join(torch.cuda.get_arch_list())
+        return (
+            f"The GPU ({where}, compute capability {gpu.capability[0]}.{gpu.capability[1]}) refuses a first sum: "
+            f"{str(error).splitlines()[0]}. The installed {version} has kernels for {built_for}. "
+            "Install a torch built for this GPU, or choose the device 'cpu'."
+        )
+    return None
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> str:
+    """bf16, fp16 or fp32. fp16 where the GPU has no bf16; fp32 on CPUs without bf16 instructions."""
+    if device.type == "cuda":
+        native_bf16 = torch.cuda.get_device_capability(device)[0] >= 8
+        if config.compute_dtype == "bf16" and not native_bf16:
+            raise DeviceError(
+                f"compute_dtype is bf16 but {torch.cuda.get_device_name(device)} has no bf16 (it came with compute "
+                "capability 8.0); choose 'auto' or 'fp16'"
+            )
+        return config.compute_dtype if config.compute_dtype != "auto" else "bf16" if native_bf16 else "fp16"
+    if config.compute_dtype == "fp16":
+        raise DeviceError(
+            "compute_dtype is fp16, which CPUs train too coarsely and slowly; choose 'auto', 'bf16' or 'fp32'"
+        )
+    return config.compute_dtype if config.compute_dtype != "auto" else "bf16" if devices.cpu_has_bf16() else "fp32"
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return f"CPU ({names[0].strip() if names else 'unknown'}, {torch.get_num_threads()} threads)"
+
+
+class MemoryMeter:
+    """Peak memory since the last `reset`, by kind, in bytes. GPU figures are None on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        # Resets VmHWM to the memory now in use; some sandboxes forbid it, then the peak includes loading.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def allocated(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+    def reserved(self) -> int | None:
+        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+
+    def host(self) -> int | None:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else None
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, read after the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,144 @@
+"""What a run leaves behind: adapter/, answers and result.json with where it ran, on what, how fast and how good."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_core import devices, events, models
+from qlora_core.data.rows import Example
+from qlora_core.runs import Run
+from qlora_core.scores import Scorer, wilson_interval
+from qlora_core.worker import hardware
+from qlora_core.worker.steps import Stepper
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
+
+
+def write_adapter(run: Run, model: Any, tokenizer: Any) -> None:
+    """adapter/ as PEFT saves it, with the tokenizer and the chat template that training used. Replaced as a whole."""
+    partial = run.path / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    # PEFT would ask the Hub whether the base's vocabulary grew, to save its embeddings too; ours never does.
+    model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    partial.rename(run.adapter)
+
+
+def write_answers(run: Run, step: int, examples: Sequence[Example], answers: Sequence[str], score: Scorer) -> None:
+    rows = [
+        {"line": e.line, "prompt": e.messages[0].content + (f"\n\n{e.input}" if e.input else ""), "reference": e.reference,
+         "answer": answer, "correct": score(answer, e.reference)}
+        for e, answer in zip(examples, answers, strict=True)
+    ]  # fmt: skip
+    _write_json(run.path / f"answers-{step}.json", rows)
+
+
+def write_result(
+    run: Run, ending: events.Event, steps: Stepper, *, device: torch.device, attempt_started: float
+) -> None:
+    """`steps` tells the path that ran in the end, which memory or a failed compilation may have changed on the way."""
+    history = run.history()
+    config, base, dataset = run.config(), run.base_model(), run.dataset()
+    started = [event for event in history if isinstance(event, events.Started)][-1]
+    run_info = {
+        "run_id": run.run_id,
+        "config": config.to_json(),
+        "base_model": {
+            "name": base.name,
+            "revision": base.revision,
+            "origin": base.origin,
+            "weights_sha256": models.weights_sha256(base),
+        },
+        "dataset": json.loads((run.path / "dataset" / "dataset.json").read_text()),
+        "template": started.template,
+        "device": hardware.describe(device),
+        "compute_dtype": steps.dtype,
+        "path": {
+            "packed": steps.packed_reason,
+            "compiled": steps.compiled_reason,
+            "token_budget": steps.token_budget,
+            "activation_checkpointing": steps.checkpointing,
+        },
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "driver": devices.driver_versions(),
+        "git_commit": _git_commit(),
+    }
+    meta_info = {
+        "ended": type(ending).__name__.lower(),
+        "attempts": sum(isinstance(event, events.Launched) for event in history),
+        "created_at": (run.path / "config.json").stat().st_mtime,
+        "attempt_seconds": time.time() - attempt_started,
+        "ended_at": time.time(),
+        "held_out": dataset.eval_source,
+    }
+    _write_json(
+        run.path / "result.json",
+        {"run_info": run_info, "train_info": _train_info(run, history, started), "meta_info": meta_info},
+    )
+
+
+def _train_info(run: Run, history: list[events.Event], started: events.Started) -> dict[str, Any]:
+    steps = [event for event in history if isinstance(event, events.Step)]
+    evaluations = [event for event in history if isinstance(event, events.Evaluation)]
+    timed = events.timed_steps(history)
+    seconds = [event.step_seconds for event in timed]
+    peaks = {
+        name: events.peak(history, name) for name in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_host_bytes")
+    }
+    return {
+        "steps": steps[-1].step if steps else 0,
+        "total_steps": started.total_steps,
+        "train_rows": started.train_rows,
+        "eval_rows": started.eval_rows,
+        "rows_cut": started.rows_cut,
+        "rows_left_out": list(started.rows_left_out),
+        "eval_rows_left_out": list(started.eval_rows_left_out),
+        "step_seconds_median": statistics.median(seconds) if seconds else None,
+        "step_seconds_quartiles": statistics.quantiles(seconds, n=4) if len(seconds) > 1 else None,
+        "tokens_per_second": sum(e.tokens for e in timed) / sum(seconds) if seconds else None,
+        **peaks,
+        "load_peak_host_bytes": started.load_peak_host_bytes,
+        "load_peak_allocated_bytes": started.load_peak_allocated_bytes,
+        "trainable_parameters": started.trainable_parameters,
+        "adapter_bytes": (run.adapter / "adapter_model.safetensors").stat().st_size,
+        "train_loss": steps[-1].loss if steps else None,
+        "eval_losses": [{"step": e.step, "loss": e.loss, "tokens": e.tokens} for e in evaluations],
+        "scores": [
+            {"step": e.step, "name": e.name, "correct": e.correct, "total": e.total,
+             "interval_95": wilson_interval(e.correct, e.total), "seconds": e.seconds}
+            for e in history if isinstance(e, events.Score)
+        ],
+    }  # fmt: skip
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with "-dirty" when it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed, so that a reader never sees half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+    os.replace(partial, path)

@@ -1,0 +1,318 @@
+"""One run from config to adapter: rows, model, steps, evaluations, checkpoints, result. Read it top to bottom."""
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
+
+from qlora_core import events
+from qlora_core.data.stored import read_stored
+from qlora_core.errors import DatasetError, ModelError, TrainingError
+from qlora_core.runs import Run
+from qlora_core.scores import scorer
+from qlora_core.tokens import load_tokenizer, prompt_ids, render, template_name
+from qlora_core.worker import checkpoints, hardware, loading, results
+from qlora_core.worker.batches import Row
+from qlora_core.worker.evaluation import count_correct, evaluation_loss, generate
+from qlora_core.worker.steps import Stepper
+
+EVALUATIONS = 5
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def train(run: Run, stop: Any) -> None:
+    """Train the run to its end or to a stop. Raises LabError where a person can mend what is wrong."""
+    disable_progress_bar()  # the run's events say how far it is; bars would fill its log
+    training = Training(run, stop)
+    try:
+        training.run_to_end()
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in DISK_FULL and not any(os.strerror(n) in str(error) for n in DISK_FULL):
+            raise
+        shutil.rmtree(run.path / "adapter.partial", ignore_errors=True)
+        raise TrainingError(
+            f"the disk became full while {training.doing}: free space on the disk of {run.path}, then resume"
+        ) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory while {training.doing}: {str(error).split('. If reserved')[0]}. Choose qlora, a lower rank, a "
+            "shorter max_seq_length or a smaller base model, or end what else uses this device"
+        ) from error
+
+
+class StopAsked(Exception):
+    """A person asked the run to stop; raised between passes, steps and tokens, never inside one."""
+
+
+class Training:
+    """The state of one run in this process; everything that must outlive it goes through `run`'s directory."""
+
+    def __init__(self, run: Run, stop: Any) -> None:
+        self.run, self.stop, self.config = run, stop, run.config()
+        self.device = hardware.choose_device(self.config)
+        self.dtype = hardware.choose_dtype(self.config, self.device)
+        self.meter = hardware.MemoryMeter(self.device)
+        self.base = run.base_model()
+        if not self.base.folder.is_dir():
+            raise ModelError(
+                f"base model {self.base.name}: its folder {self.base.folder} is gone; put it back, or start a new run"
+            )
+        self.attempt_started = time.time()
+        self.doing = "starting"
+
+    def say(self, event: events.Event) -> None:
+        events.append(self.run.events_path, event)
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        self.doing = name
+        self.say(events.Phase(name=name, done=done, total=total))
+
+    def run_to_end(self) -> None:
+        self.tokenizer = load_tokenizer(self.base.folder)
+        self.read_rows()
+        self.load_model()
+        self.prepare_steps()
+        self.done = self.resume()
+        self.phase("warming up on the longest rows")
+        self.steps.warm_up()
+        try:
+            self.measure()
+            if self.done in (0, self.total_steps):
+                self.score()
+            self.meter.reset()
+            while self.done < self.total_steps:
+                self.check_stop()
+                self.say(self.steps.take(self.done))
+                self.done += 1
+                self.measure()
+                if self.done % self.save_steps == 0 or self.done == self.total_steps:
+                    self.save_checkpoint()
+            self.score()
+        except StopAsked:
+            self.save_checkpoint()
+            self.finish(events.Stopped(step=self.done))
+        else:
+            self.finish(events.Finished(step=self.total_steps))
+
+    def check_stop(self, *_: int) -> None:
+        if self.stop:
+            raise StopAsked
+
+    # -- what is trained on
+
+    def read_rows(self) -> None:
+        """Render every row once. Raises DatasetError when nothing in the file would be learnt."""
+        self.phase("reading the dataset")
+        folder = self.run.path / "dataset"
+        self.train_rows, train_cut, left_out, longest = self._rendered(folder / "train.jsonl")
+        self.eval_rows, _, eval_left_out, _ = self._rendered(folder / "eval.jsonl")
+        self.eval_examples = list(islice(read_stored(folder / "eval.jsonl"), self.config.score_rows))
+        self.rows_cut, self.rows_left_out, self.eval_rows_left_out = train_cut, left_out, eval_left_out
+        limit = f"max_seq_length is {self.config.max_seq_length}"
+        if not self.train_rows or not self.eval_rows:
+            what, lost = ("evaluation", eval_left_out) if self.train_rows else ("training", left_out)
+            lines = ", ".join(map(str, lost[:20]))
+            raise DatasetError(
+                f"no {what} row has a token to learn: every row is cut before its response begins ({limit}; lines {lines}); "
+                "raise max_seq_length"
+            )
+        if train_cut == len(self.train_rows) + len(left_out):
+            raise DatasetError(
+                f"every row is cut before its end ({limit}), so no response would end; raise max_seq_length to {longest} "
+                "(the longest row), or shorten the rows"
+            )
+        self.check_positions()
+        for remark in self.run.dataset().remarks():
+            self.say(events.Note(text=remark))
+
+    def _rendered(self, path: Path) -> tuple[list[Row], int, tuple[int, ...], int]:
+        """Rows with something to learn, how many were cut, the lines of rows left out (their response is cut away whole,
+        or, with skip_bad_rows, the template refuses them), and the tokens of the longest row before any cut."""
+        rows, cut, left_out, longest, refused = [], 0, [], 0, []
+        for example in read_stored(path):
+            try:
+                rendered = render(example, self.tokenizer, max_seq_length=self.config.max_seq_length)
+            except DatasetError as error:
+                refused.extend(error.problems)
+                left_out.append(example.line)
+                continue
+            cut += rendered.is_cut
+            longest = max(longest, len(rendered.token_ids))
+            if rendered.supervised_tokens:
+                rows.append(Row.of(rendered))
+            else:
+                left_out.append(example.line)
+        if refused and not self.config.skip_bad_rows:
+            raise DatasetError(
+                f"{len(refused):,} rows cannot be written in the model's chat template; mend them, or leave them out with "
+                "skip_bad_rows",
+                *refused[:20],
+            )
+        return rows, cut, tuple(left_out), longest
+
+    def check_positions(self) -> None:
+        """Raises DatasetError where a row, or a prompt with its answer, is longer than the model has positions for."""
+        positions = self.base.positions()
+        longest = max((len(row.token_ids), row.line) for row in (*self.train_rows, *self.eval_rows))
+        if positions and longest[0] > positions:
+            raise DatasetError(
+                f"line {longest[1]} has {longest[0]:,} tokens, but {self.base.name} has positions for {positions:,}; "
+                f"set max_seq_length to {positions} or less"
+            )
+        if not positions or self.config.score == "none":
+            return
+        room = positions - self.config.score_max_new_tokens
+        for example in self.eval_examples:
+            length = len(prompt_ids(example, self.tokenizer))
+            if length > room:
+                raise DatasetError(
+                    f"line {example.line} of the evaluation rows: its prompt of {length:,} tokens and an answer of "
+                    f"{self.config.score_max_new_tokens} do not fit into the {positions:,} positions of {self.base.name}; "
+                    "shorten it, lower score_max_new_tokens, or set score to none"
+                )
+
+    # -- the model and the way it is trained
+
+    def load_model(self) -> None:
+        self.phase("loading the base model")
+        self.meter.reset()
+        base = loading.load_base(self.base.folder, self.config, device=self.device, dtype=self.dtype)
+        self.model = loading.add_adapter(base, self.config, base_name=self.base.name)
+        self.model.train()
+        self.load_peaks = self.meter.host(), self.meter.allocated()
+
+    def prepare_steps(self) -> None:
+        """Decide how the steps run, and say so."""
+        self.phase("proving that rows can share a pass")
+        steps = Stepper(self.model, self.config, self.train_rows, device=self.device, dtype=self.dtype, say=self.say)
+        self.steps, self.total_steps = steps, steps.total_steps
+        self.eval_steps = self.config.eval_steps or max(1, math.ceil(steps.total_steps / EVALUATIONS))
+        self.save_steps = self.config.save_steps or self.eval_steps
+        self.say(
+            events.Started(
+                total_steps=steps.total_steps,
+                train_rows=len(self.train_rows),
+                eval_rows=len(self.eval_rows),
+                rows_cut=self.rows_cut,
+                rows_left_out=self.rows_left_out,
+                eval_rows_left_out=self.eval_rows_left_out,
+                device=hardware.describe(self.device),
+                compute_dtype=self.dtype,
+                template=template_name(self.tokenizer),
+                packed=steps.packed,
+                packed_reason=steps.packed_reason,
+                compiled=steps.compiled,
+                compiled_reason=steps.compiled_reason,
+                token_budget=steps.token_budget,
+                trainable_parameters=sum(parameter.numel() for parameter in steps.parameters),
+                load_peak_host_bytes=self.load_peaks[0],
+                load_peak_allocated_bytes=self.load_peaks[1],
+            )
+        )
+
+    # -- what it has learnt
+
+    def measure(self) -> None:
+        """The evaluation loss, where one is due at this step and an earlier attempt has not measured it."""
+        step = self.done
+        if (step % self.eval_steps and step != self.total_steps) or self.has_said(events.Evaluation, step):
+            return
+        self.phase(f"evaluating on {len(self.eval_rows)} rows")
+        begin = hardware.clock(self.device)
+        with self.steps.accelerator.autocast():
+            loss, tokens = evaluation_loss(
+                self.model,
+                self.eval_rows,
+                token_budget=self.steps.token_budget,
+                packed=self.steps.packed,
+                device=self.device,
+                between_passes=self.check_stop,
+            )
+        seconds = hardware.clock(self.device) - begin
+        if not math.isfinite(loss) and step == 0:
+            raise TrainingError(
+                f"the base model's own evaluation loss is {loss}, before any training: its weights are damaged, or too large "
+                f"for compute_dtype {self.dtype}; choose another one or another base model"
+            )
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {step}: the evaluation loss is {loss}; nothing of it was saved. Lower learning_rate "
+                f"(now {self.config.learning_rate:g}) or choose another compute_dtype (now {self.dtype})"
+            )
+        self.say(events.Evaluation(step=step, loss=loss, tokens=tokens, seconds=seconds))
+
+    def has_said(self, kind: type[events.Event], step: int) -> bool:
+        return any(isinstance(event, kind) and event.step == step for event in self.run.history())
+
+    def score(self) -> None:
+        """Answer held-out rows and count what is right; the answers are kept for reading."""
+        config, step = self.config, self.done
+        if config.score == "none" or self.has_said(events.Score, step):
+            return
+
+        def report(answered: int, total: int) -> None:
+            self.check_stop()
+            self.phase(f"answering held-out rows {moment}", answered, total)
+
+        moment = "before training" if step == 0 else "after training"
+        begin = hardware.clock(self.device)
+        # Before the first step the adapter adds nothing; without it the base answers faster.
+        base_only = self.model.disable_adapter() if step == 0 else contextlib.nullcontext()
+        with self.steps.accelerator.autocast(), base_only:
+            answers = generate(
+                self.model,
+                self.tokenizer,
+                self.eval_examples,
+                max_new_tokens=config.score_max_new_tokens,
+                device=self.device,
+                report=report,
+            )
+        correct = count_correct(answers, self.eval_examples, scorer(config.score, config.score_fields))
+        results.write_answers(self.run, step, self.eval_examples, answers, scorer(config.score, config.score_fields))
+        seconds = hardware.clock(self.device) - begin
+        self.say(events.Score(step=step, name=config.score, correct=correct, total=len(answers), seconds=seconds))
+
+    # -- what outlives the process
+
+    def save_checkpoint(self) -> None:
+        step = self.done
+        checkpoints.save(
+            self.run.path / "checkpoints",
+            step,
+            adapter=self.steps.adapter(),
+            state={"step": step, **self.steps.state()},
+            keep=self.config.keep_checkpoints,
+        )
+        self.say(events.Checkpoint(step=step))
+
+    def resume(self) -> int:
+        """Load the newest sound checkpoint of an earlier attempt; returns the step to go on from, 0 for a new run."""
+        skipped: list[str] = []
+        found = checkpoints.load_newest(self.run.path / "checkpoints", device=self.device, report=skipped.append)
+        earlier = any(isinstance(event, events.Launched) and event.attempt > 1 for event in self.run.events()[0])
+        step = 0
+        if found:
+            adapter, state = found
+            self.steps.load(adapter, state)
+            step = state["step"]
+        if earlier:
+            self.say(events.Resumed(from_step=step, skipped=tuple(skipped)))
+        return step
+
+    def finish(self, ending: events.Event) -> None:
+        """Write the adapter and result.json, then say that the run has ended."""
+        self.phase("saving the adapter")
+        results.write_adapter(self.run, self.model, self.tokenizer)
+        results.write_result(self.run, ending, self.steps, device=self.device, attempt_started=self.attempt_started)
+        self.say(ending)

@@ -1,0 +1,84 @@
+"""Every config in examples/ trains, and the demo's table is made from what such runs measured."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import model_folder
+
+from qlora_core.cli import main
+from qlora_core.config import TrainConfig
+from qlora_core.settings import Settings
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def run_example(config: Path, base_model: Path, capsys: pytest.CaptureFixture[str]) -> dict:
+    arguments = [
+        "--base-model",
+        str(base_model),
+        "--max-steps",
+        "3",
+        "--score-rows",
+        "4",
+        "--score-max-new-tokens",
+        "4",
+    ]
+    assert main(["train", "--config", str(config), "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)["result"]
+
+
+def demo_table(results: dict[str, dict]) -> str:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    return demo.table(results)
+
+
+def test_the_two_configs_differ_in_method_and_name_alone() -> None:
+    lora, qlora = (yaml.safe_load((EXAMPLES / f"{method}.yaml").read_text()) for method in ("lora", "qlora"))
+    assert {name for name in lora if lora[name] != qlora[name]} == {"method", "name"}
+    assert lora.keys() == qlora.keys()
+
+
+def test_every_config_trains_and_the_table_shows_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QLORA_LAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QLORA_LAB_LOCKS", str(tmp_path / "locks"))
+    base_model = model_folder()
+    results = {path.stem: run_example(path, base_model, capsys) for path in CONFIGS}
+    assert set(results) == {"lora", "qlora"}
+    table = demo_table(results)
+    for method, result in results.items():
+        train = result["train_info"]
+        assert result["run_info"]["config"]["method"] == method
+        assert f"{train['eval_losses'][-1]['loss']:.3f}" in table
+        assert f"{train['peak_host_bytes'] / 1024**3:.2f} GiB" in table
+    assert "0/4  [0%, 49%]" in table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_lifts_the_score_outside_the_bases_interval(tmp_path: Path) -> None:
+    """The real thing, about ten minutes on two cores, with the bundled model that `make` has fetched."""
+    assert (Settings.from_environment().models / "SmolLM2-135M-Instruct").is_dir(), "run `make model` first"
+    finished = subprocess.run([sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    after = [line for line in finished.stdout.splitlines() if line.startswith("tickets right after")]
+    correct = [int(cell.split("/")[0]) for cell in after[0].split() if "/" in cell]
+    assert len(correct) == 2 and min(correct) > 4, finished.stdout  # 0 of 40 has an interval of [0, 3.5]
+
+
+def test_configs_name_only_settings_that_differ_from_the_defaults_or_say_why_they_stand() -> None:
+    """A config that repeats a default would hide a later change of it."""
+    shown = {"method", "rank", "base_model"}  # what a reader looks for first
+    for path in CONFIGS:
+        values, default = yaml.safe_load(path.read_text()), TrainConfig().to_json()
+        repeated = {name for name, value in values.items() if default[name] == value} - shown
+        assert not repeated, f"{path.name}: {sorted(repeated)}"
