@@ -14,6 +14,8 @@ import yaml
 from qlora_core.errors import ConfigError
 
 TARGET_PRESETS = ("all-linear", "attention", "query-value")
+# Starts of the adapter that take their part out of the base weights.
+MUTATED_BASE = ("pissa", "olora")
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -53,7 +55,7 @@ class TrainConfig:
     rank: int = _option(8, "rank r of the update B·A", least=1, most=1024, group="adapter")
     lora_alpha: float | None = _option(
         None,
-        "scale of the update is lora_alpha / rank; default 2 x rank",
+        "scale of the update is lora_alpha / rank (rsLoRA: / square root of rank); default 2 x rank, with rsLoRA 16",
         optional=True,
         above=0,
         most=4096,
@@ -63,6 +65,15 @@ class TrainConfig:
     target_modules: str | tuple[str, ...] = _option(
         "all-linear",
         f"which linear layers get an adapter: {', '.join(TARGET_PRESETS)}, or module names",
+        group="adapter",
+    )
+    use_rslora: bool = _option(False, "rsLoRA: divide by the square root of the rank, for high ranks", group="adapter")
+    use_dora: bool = _option(False, "DoRA: learn magnitude and direction apart; slower", group="adapter")
+    init_lora_weights: str = _option(
+        "default",
+        "start of the adapter. default, gaussian and orthogonal add nothing at first; pissa and olora (lora only) take over "
+        "the main part of the base weights; loftq (qlora only) begins with what 4 bits lost",
+        choices=("default", "gaussian", "orthogonal", "pissa", "olora", "loftq"),
         group="adapter",
     )
 
@@ -75,6 +86,12 @@ class TrainConfig:
         group="quantisation",
     )
 
+    optimizer: str = _option(
+        "adamw_torch_fused",
+        "adamw_torch_fused is the fastest; 8-bit and paged states are for memory",
+        choices=("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+        group="optimizer",
+    )
     learning_rate: float = _option(2e-4, "peak learning rate", above=0, most=0.1, group="optimizer")
     lr_schedule: str = _option(
         "cosine",
@@ -85,6 +102,22 @@ class TrainConfig:
     warmup_fraction: float = _option(0.03, "share of the steps that warm up", least=0, most=0.5, group="optimizer")
     weight_decay: float = _option(0.0, "AdamW weight decay", least=0, most=1, group="optimizer")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm", above=0, most=1000, group="optimizer")
+    loraplus_lr_ratio: float | None = _option(
+        None,
+        "LoRA+: B learns at learning_rate times this (often 16)",
+        optional=True,
+        least=1,
+        most=1000,
+        group="optimizer",
+    )
+    neftune_noise_alpha: float | None = _option(
+        None,
+        "NEFTune: noise on the embeddings while training (5 to 15)",
+        optional=True,
+        above=0,
+        most=100,
+        group="optimizer",
+    )
     num_epochs: float = _option(3.0, "passes over the training rows", above=0, most=1000, group="optimizer")
     max_steps: int | None = _option(
         None, "optimizer steps; overrides num_epochs", optional=True, least=1, most=10_000_000, group="optimizer"
@@ -133,7 +166,23 @@ class TrainConfig:
         most=10_000_000,
         group="evaluation",
     )
-    keep_checkpoints: int = _option(2, "newest checkpoints that are kept", least=1, most=100, group="evaluation")
+    keep_checkpoints: int = _option(
+        2, "newest checkpoints that are kept, beside that of the best evaluation", least=1, most=100, group="evaluation"
+    )
+    final_adapter: str = _option(
+        "last",
+        "the adapter that the run ends with: of its last step, or of the lowest evaluation loss",
+        choices=("last", "best"),
+        group="evaluation",
+    )
+    early_stopping_patience: int | None = _option(
+        None,
+        "end the run after this many evaluations in a row without a lower loss",
+        optional=True,
+        least=1,
+        most=10_000,
+        group="evaluation",
+    )
     score: str = _option(
         "none",
         "task score on generated answers, before and after; exact: equals the response; json: valid JSON with the same "
@@ -151,8 +200,18 @@ class TrainConfig:
         96, "longest answer generated for the score", least=1, most=4096, group="evaluation"
     )
 
+    tracker: str = _option(
+        "none",
+        "where losses are logged too; each but none needs its package, and its keys in the environment",
+        choices=("none", "trackio", "wandb", "mlflow", "tensorboard"),
+        group="tracking",
+    )
+    tracker_project: str = _option("qlora-lab", "project that the tracker files the run under", group="tracking")
+
     def __post_init__(self) -> None:
         problems = [problem for spec in fields(self) if (problem := self._problem(spec))]
+        if not problems:
+            problems = self._combination_problems()
         if problems:
             raise ConfigError(*problems)
 
@@ -172,9 +231,41 @@ class TrainConfig:
             return _range_problem(spec.name, value, limits)
         return None
 
+    def _combination_problems(self) -> list[str]:
+        """Settings that are each possible, but not together (PEFT refuses them, or saves what cannot be loaded)."""
+        init, problems = self.init_lora_weights, []
+        if self.method == "qlora" and init in MUTATED_BASE:
+            problems.append(
+                f"init_lora_weights is {init!r} with method qlora: it moves part of the base weights into the adapter, and "
+                "4-bit weights cannot give it up exactly; choose method lora, or init_lora_weights loftq, which is made for "
+                "4 bits"
+            )
+        if self.method == "lora" and init == "loftq":
+            problems.append(
+                "init_lora_weights is 'loftq' with method lora: it begins with what 4 bits lost, and nothing is lost here; "
+                "choose method qlora, or init_lora_weights pissa"
+            )
+        if init == "loftq" and self.quant_type != "nf4":
+            problems.append(f"init_lora_weights is 'loftq' with quant_type {self.quant_type}; set quant_type to nf4")
+        if init == "orthogonal" and self.rank % 2:
+            problems.append(f"init_lora_weights is 'orthogonal' with rank {self.rank}; it needs an even rank")
+        if self.use_dora and init in MUTATED_BASE:
+            problems.append(
+                f"use_dora with init_lora_weights {init!r}: PEFT cannot turn such an adapter back into one for the original "
+                "base; choose one of the two"
+            )
+        return problems
+
     @property
     def alpha(self) -> float:
-        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+        if self.lora_alpha is not None:
+            return self.lora_alpha
+        return 16.0 if self.use_rslora else 2.0 * self.rank
+
+    @property
+    def adapter_scale(self) -> float:
+        """What B·A is multiplied by (rsLoRA: https://arxiv.org/abs/2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def run_name(self) -> str:
         return self.name or f"{Path(self.data).stem or 'run'}-{self.method}-r{self.rank}"

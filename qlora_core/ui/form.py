@@ -28,6 +28,7 @@ GROUPS = {
     "optimizer": "Optimizer",
     "memory": "Memory and speed",
     "evaluation": "Evaluation and checkpoints",
+    "tracking": "Tracking",
 }
 LABELS = {
     "base_model": "Base model",
@@ -42,6 +43,14 @@ LABELS = {
     "token_budget": "Token budget a pass",
     "eval_steps": "Steps between evaluations",
     "save_steps": "Steps between checkpoints",
+    "use_rslora": "rsLoRA",
+    "use_dora": "DoRA",
+    "init_lora_weights": "Start of the adapter",
+    "loraplus_lr_ratio": "LoRA+ learning-rate ratio",
+    "neftune_noise_alpha": "NEFTune noise",
+    "keep_checkpoints": "Checkpoints kept",
+    "final_adapter": "Adapter at the end",
+    "early_stopping_patience": "Early stopping, evaluations",
 }
 CHOICE_LABELS = {
     "method": [("QLoRA", "qlora"), ("LoRA", "lora")],
