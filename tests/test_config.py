@@ -37,9 +37,15 @@ def strategy(spec: Any) -> st.SearchStrategy[Any]:
     return values | st.none() if limits.get("optional") else values
 
 
-CONFIGS = st.fixed_dictionaries({}, optional={spec.name: strategy(spec) for spec in fields(TrainConfig)}).map(
-    lambda values: TrainConfig(**values)
-)
+def possible(values: dict[str, Any]) -> TrainConfig:
+    """A config of the values; what PEFT cannot combine is left at its default."""
+    try:
+        return TrainConfig(**values)
+    except ConfigError:
+        return TrainConfig(**{name: value for name, value in values.items() if name != "init_lora_weights"})
+
+
+CONFIGS = st.fixed_dictionaries({}, optional={spec.name: strategy(spec) for spec in fields(TrainConfig)}).map(possible)
 
 
 @settings(max_examples=200, deadline=None)
@@ -179,3 +185,36 @@ def test_every_field_says_what_it_is_and_has_a_place_in_the_form() -> None:
     for spec in fields(TrainConfig):
         assert len(spec.metadata["help"]) > 10, spec.name
         assert spec.metadata["group"], spec.name
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"method": "qlora", "init_lora_weights": "pissa"}, r"'pissa' with method qlora.*method lora, or .*loftq"),
+        ({"method": "qlora", "init_lora_weights": "olora"}, r"'olora' with method qlora.*method lora, or .*loftq"),
+        ({"method": "lora", "init_lora_weights": "loftq"}, r"'loftq' with method lora.*choose method qlora"),
+        ({"init_lora_weights": "loftq", "quant_type": "fp4"}, r"'loftq' with quant_type fp4; set quant_type to nf4"),
+        ({"init_lora_weights": "orthogonal", "rank": 7}, r"'orthogonal' with rank 7; it needs an even rank"),
+        (
+            {"method": "lora", "use_dora": True, "init_lora_weights": "pissa"},
+            r"use_dora with .*'pissa'.*one of the two",
+        ),
+    ],
+)
+def test_what_peft_cannot_combine_is_refused_with_the_remedy(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TrainConfig(**values)
+
+
+def test_all_impossible_combinations_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(method="lora", init_lora_weights="loftq", quant_type="fp4")
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [({"rank": 8}, 2), ({"rank": 8, "lora_alpha": 4}, 0.5), ({"rank": 64, "use_rslora": True}, 2)],
+)
+def test_the_scale_of_the_update(values: dict[str, Any], scale: float) -> None:
+    assert TrainConfig(**values).adapter_scale == scale
