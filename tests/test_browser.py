@@ -1,6 +1,8 @@
 """A person at the page, in a real browser: from an upload to the downloaded adapter, with a reload on the way."""
 
+import os
 import re
+import signal
 import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -135,11 +137,14 @@ def test_upload_start_watch_reload_finish_download(page, chromium, lab):
     assert page.evaluate(RANGE) == zoom, "a redraw keeps the zoom"
     assert "run=" in page.url
 
+    # The worker stands still meanwhile, or a fast machine would be done before the second browser looks.
+    worker = int((RunStore(settings_in(folder)).list()[0].path / "lock").read_text())
+    os.kill(worker, signal.SIGSTOP)
     page.reload()
     expect(page.locator("#run-head [data-state=running]")).to_be_visible()
     expect(head).to_contain_text("by hand")
     expect(page.locator("#status")).to_contain_text("by hand")
-    wait_for_points(page, seen + 4)
+    seen = page.evaluate(POINTS)
     tab(page, "Data")
     expect(page.locator("#report")).to_contain_text("questions.jsonl")
     tab(page, "Runs")
@@ -148,6 +153,8 @@ def test_upload_start_watch_reload_finish_download(page, chromium, lab):
     expect(another.locator("#run-head [data-state=running]")).to_be_visible(timeout=60 * SECOND)
     expect(another.locator("#run-head")).to_contain_text("by hand")
     another.close()
+    os.kill(worker, signal.SIGCONT)
+    wait_for_points(page, seen + 2)
     expect(page.locator("#run-head [data-state=finished]")).to_be_visible(timeout=300 * SECOND)
     expect(page.locator("#run-result")).to_contain_text("peak memory, host")
     expect(page.locator("#status")).to_contain_text("nothing is running")
