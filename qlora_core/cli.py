@@ -96,7 +96,7 @@ def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.Argumen
     for name, function, help_text in (
         ("show", _show, "state, settings and results of a run"),
         ("stop", _stop, "save and stop a run, or take it out of the queue"),
-        ("resume", _resume, "go on from the newest checkpoint, and follow"),
+        ("resume", _resume, "go on from the newest checkpoint, or for more steps, and follow"),
         ("delete", _delete, "remove a run and its files"),
         ("move", _move, "give a waiting run another place"),
     ):
@@ -104,6 +104,10 @@ def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.Argumen
         command.add_argument("run", help="id of the run, or its beginning")
         if name == "move":
             command.add_argument("place", type=int)
+        if name == "resume":
+            command.add_argument(
+                "--max-steps", type=int, metavar="N", help="steps in all: continues a finished run, or changes the end"
+            )
         command.set_defaults(command=function)
 
 
@@ -289,7 +293,7 @@ def _stop(options: argparse.Namespace, settings: Settings) -> int:
 
 def _resume(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
-    queue.resume(run)
+    queue.resume(run, max_steps=options.max_steps)
     queue.start_next(settings)
     return _follow(run, settings, as_json=options.json)
 

@@ -247,6 +247,11 @@ class TrainConfig:
             )
         if init == "loftq" and self.quant_type != "nf4":
             problems.append(f"init_lora_weights is 'loftq' with quant_type {self.quant_type}; set quant_type to nf4")
+        if init == "orthogonal" and self.method == "qlora":
+            problems.append(
+                "init_lora_weights is 'orthogonal' with method qlora: PEFT would give the adapter the 4-bit number type; choose "
+                "gaussian, or method lora"
+            )
         if init == "orthogonal" and self.rank % 2:
             problems.append(f"init_lora_weights is 'orthogonal' with rank {self.rank}; it needs an even rank")
         if self.use_dora and init in MUTATED_BASE:

@@ -116,7 +116,10 @@ class Checkpoint(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Event):
+    """`reason` is a sentence where the run ended before its last planned step, else empty."""
+
     step: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +236,7 @@ def peak(history: list[Event], name: str) -> int | None:
 def effective(events: list[Event]) -> list[Event]:
     """The events that still hold: after `Resumed(from_step=N)`, what earlier attempts said beyond step N is dropped.
 
-    So is what the new attempt does again at step N: the score, and from step 0 the first evaluation.
+    From step 0, the first evaluation and score are made again too.
     """
     kept: list[Event] = []
     for event in events:
@@ -245,5 +248,4 @@ def effective(events: list[Event]) -> list[Event]:
 
 def _comes_again(event: Event, from_step: int) -> bool:
     step = getattr(event, "step", -1)
-    again = (Score, Evaluation) if from_step == 0 else Score
-    return step > from_step or (step == from_step and isinstance(event, again))
+    return step > from_step or (step == from_step == 0 and isinstance(event, (Score, Evaluation)))

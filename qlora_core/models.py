@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def _known_to_transformers(model_type: Any) -> bool:
     return bool(model_type) and (folder / "__init__.py").is_file()
 
 
+@lru_cache(maxsize=4)
 def weights_sha256(model: BaseModel) -> str:
     """SHA-256 over the names and SHA-256 of the weight files. In a Hub cache the names of the blobs are the hashes."""
     total = hashlib.sha256()

@@ -8,14 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from qlora_core import devices, events
+from qlora_core.config import replace
 from qlora_core.errors import RunError
 from qlora_core.runs import (
     ACTIVE,
     CRASHED,
     FAILED,
+    FINISHED,
     READERS_SECONDS,
     STOPPED,
     Run,
+    RunStatus,
     lock,
     queue_entries,
 )
@@ -44,15 +47,35 @@ def add(run: Run) -> None:
         (settings.queue / f"{number:08d}-{run.run_id}").touch()
 
 
-def resume(run: Run) -> None:
+def resume(run: Run, *, max_steps: int | None = None) -> None:
     """Queue a stopped, crashed or failed run again; its worker goes on from the newest sound checkpoint.
 
-    Raises RunError for a run in another state.
+    With `max_steps`, a run of any length becomes one of that many steps; so a finished run can be continued too. Raises
+    RunError for a run in another state, or one that has made those steps already.
     """
-    state = run.status().state
-    if state not in (STOPPED, CRASHED, FAILED):
-        raise RunError(f"{run.run_id}: is {state}; only a stopped, crashed or failed run can be resumed")
+    status = run.status()
+    if status.state == FINISHED and max_steps is None:
+        raise RunError(f"{run.run_id}: is finished; to continue it, say for how many steps in all: --max-steps N")
+    if status.state not in (STOPPED, CRASHED, FAILED, FINISHED):
+        raise RunError(f"{run.run_id}: is {status.state}; only a run that has ended can be resumed")
+    if max_steps is not None:
+        _lengthen(run, status, max_steps)
     add(run)
+
+
+def _lengthen(run: Run, status: RunStatus, max_steps: int) -> None:
+    if max_steps <= status.step:
+        raise RunError(f"{run.run_id}: max_steps is {max_steps}; it has made {status.step} steps, so it must be more")
+    config = replace(run.config(), max_steps=max_steps)
+    said = f"continued: {max_steps} steps in all; the learning rate goes on as its schedule for so many steps has it"
+    if status.state == FINISHED and config.early_stopping_patience is not None:
+        config = replace(config, early_stopping_patience=None)
+        said += "; early stopping is off from here on"
+    with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as held:
+        if held is None:
+            raise RunError(f"{run.run_id}: is running; wait until it has ended, or stop it")
+        run.change_config(config)
+        events.append(run.events_path, events.Note(text=said))
 
 
 def move(run: Run, place: int) -> None:

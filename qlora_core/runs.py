@@ -83,6 +83,14 @@ class Run:
         except (ConfigError, ValueError) as error:
             raise RunError(f"{self.run_id}: its config.json cannot be read ({error}); delete the run") from None
 
+    def change_config(self, config: TrainConfig) -> None:
+        """Only the holder of the run's lock may. The run is then no longer the one that its key stands for."""
+        partial = self.path / "config.json.partial"
+        partial.write_text(json.dumps(config.to_json(), indent=1))
+        sync(partial)
+        partial.rename(self.path / "config.json")
+        (self.path / "key").unlink(missing_ok=True)
+
     def key(self) -> str | None:
         """Equal for equal settings on equal rows and base; None in a folder that something else made."""
         path = self.path / "key"
@@ -346,8 +354,8 @@ def _status(run: Run) -> RunStatus:
         phase_done=phase.done if phase else 0,
         phase_total=phase.total if phase else 0,
         detail="",
-        created_at=(run.path / "config.json").stat().st_mtime,
-        updated_at=history[-1].time if history else (run.path / "config.json").stat().st_mtime,
+        created_at=(run.path / "model.json").stat().st_mtime,
+        updated_at=history[-1].time if history else (run.path / "model.json").stat().st_mtime,
     )
     return replace(status, detail=_detail(run, status, this_attempt))
 
@@ -379,7 +387,7 @@ def _detail(run: Run, status: RunStatus, attempt: list[Event]) -> str:
         has_started = _newest(attempt, events.Started) is not None
         return of_total if has_started else "starting again" if step else "starting"
     if status.state == FINISHED:
-        return f"finished after {step} steps"
+        return _newest(attempt, events.Finished).reason or f"finished after {step} steps"
     if status.state == STOPPED:
         return f"saved at step {step}" if saved is not None else "stopped before the first step"
     if status.state == FAILED:

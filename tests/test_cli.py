@@ -143,7 +143,13 @@ def test_wrong_state_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["merge", run.run_id]) == 2
     assert cli.main(["merge", run.run_id, "--onto", "dequantized"]) == 2
     printed = capsys.readouterr().err
-    for words in ("is queued; stop it", "only a stopped", "1 is the next", "no adapter yet", "no dequantised one"):
+    for words in (
+        "is queued; stop it",
+        "only a run that has ended",
+        "1 is the next",
+        "no adapter yet",
+        "no dequantised one",
+    ):
         assert words in printed
     assert "Traceback" not in printed
 

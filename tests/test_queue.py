@@ -83,7 +83,7 @@ def test_stopped_waiting_run_leaves_the_queue_and_can_be_resumed(tmp_path: Path,
     queue.resume(first)
     assert order(settings) == ["b", "a"]
     assert not (first.path / "stop").exists()
-    with pytest.raises(RunError, match="is queued; only a stopped, crashed or failed run"):
+    with pytest.raises(RunError, match="is queued; only a run that has ended can be resumed"):
         queue.resume(first)
 
 

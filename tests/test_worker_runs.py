@@ -141,10 +141,13 @@ def test_every_step_is_told_with_its_numbers(uninterrupted: Run) -> None:
     assert sum(event.tokens for event in epoch) == sum(len(row.token_ids) for row in rendered)
     assert sum(event.supervised_tokens for event in epoch) == sum(row.supervised_tokens for row in rendered)
     assert all(event.peak_allocated_bytes is None and event.peak_host_bytes for event in steps)
-    assert [path.name for path in checkpoints.list_checkpoints(uninterrupted.path / "checkpoints")] == [
-        "checkpoint-60",
-        "checkpoint-58",
-    ]
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(uninterrupted: Run) -> None:
+    found = eval_losses(uninterrupted)
+    assert min(found, key=found.get) == 30, "the run overfits, so that its best step is not among the last"
+    kept = checkpoints.list_checkpoints(uninterrupted.path / "checkpoints")
+    assert [path.name for path in kept] == ["checkpoint-60", "checkpoint-58", "checkpoint-30"]
 
 
 # -- processes that are stopped, killed, or break
@@ -307,7 +310,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name(damage: str, short: Run, tmp_pa
 
 
 def test_a_damaged_newer_checkpoint_never_crowds_out_a_sound_one(tmp_path: Path) -> None:
-    run = train_here(make_run(tmp_path, **(SHORT | {"keep_checkpoints": 1})), StopAfter(6))
+    run = train_here(make_run(tmp_path, **(SHORT | {"keep_checkpoints": 1, "eval_steps": 8})), StopAfter(6))
     flip_a_byte(run.path / "checkpoints" / "checkpoint-6" / "adapter.safetensors")
     train_here(run, StopAfter(2))
     assert [path.name for path in checkpoints.list_checkpoints(run.path / "checkpoints")] == ["checkpoint-2"]

@@ -126,7 +126,7 @@ def _sentences(event: events.Event) -> list[str]:
         case events.Checkpoint():
             return [f"step {event.step}: saved"]
         case events.Finished():
-            return [f"finished after {counted(event.step, 'step')}"]
+            return [event.reason or f"finished after {counted(event.step, 'step')}"]
         case events.Stopped():
             return [f"stopped at step {event.step}"]
         case events.Failed():

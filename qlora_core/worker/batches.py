@@ -40,14 +40,18 @@ class Row:
 class Pass:
     """Tensors of one forward pass. Packed: [1, tokens] and positions that start at 0 in each row, no attention mask.
     Padded: [rows, longest] with an attention mask. `keep` are the columns whose logits are needed, `targets`
-    [rows, len(keep)] the ids they should predict, -100 where nothing is learnt."""
+    [rows, len(keep)] the ids they should predict, -100 where nothing is learnt. `lengths` are the rows' own, in tokens."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     keep: torch.Tensor
     targets: torch.Tensor
-    tokens: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
 
 def step_rows(rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:
@@ -99,7 +103,7 @@ def make_pass(rows: Sequence[Row], *, packed: bool, device: torch.device) -> Pas
             attention_mask=None,
             keep=torch.tensor(keep, device=device, dtype=torch.long),
             targets=torch.tensor([[ids[p + 1] for p in keep]], device=device, dtype=torch.long),
-            tokens=len(ids),
+            lengths=tuple(len(row.token_ids) for row in rows),
         )
     width = max(len(row.token_ids) for row in rows)
     ids = [[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in rows]
@@ -115,7 +119,7 @@ def make_pass(rows: Sequence[Row], *, packed: bool, device: torch.device) -> Pas
         attention_mask=torch.tensor(mask, device=device),
         keep=torch.tensor(keep, device=device, dtype=torch.long),
         targets=torch.tensor(targets, device=device, dtype=torch.long),
-        tokens=sum(len(row.token_ids) for row in rows),
+        lengths=tuple(len(row.token_ids) for row in rows),
     )
 
 

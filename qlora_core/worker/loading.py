@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,18 +15,25 @@ from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.worker.hardware import DTYPES
 
+CPU = torch.device("cpu")
+SVD_ITERATIONS = 16
+# Our names for what PEFT calls otherwise. Its own LoftQ runs on a GPU only and forgets lora_alpha, so that is ours.
+INIT: dict[str, bool | str] = {"default": True, "loftq": True, "pissa": f"pissa_niter_{SVD_ITERATIONS}"}
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin")
 # Layers in which query, key and value are one matrix: they cannot be targeted apart.
 FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
 
 
-def load_base(folder: Path, config: TrainConfig, *, device: torch.device, dtype: str) -> PreTrainedModel:
-    """The frozen base: 16 (or 32) bits for lora, 4 bits for qlora. Safetensors only, never code of the model's own.
+def load_base(
+    folder: Path, config: TrainConfig, *, device: torch.device, dtype: str, four_bit: bool | None = None
+) -> PreTrainedModel:
+    """The frozen base: 16 (or 32) bits for lora, 4 bits for qlora, unless `four_bit` says otherwise. Safetensors only,
+    never code of the model's own.
 
     Raises ModelError.
     """
     quantization = None
-    if config.method == "qlora":
+    if config.method == "qlora" if four_bit is None else four_bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.quant_type,
@@ -63,16 +72,27 @@ def forbid_cpu_repacking(model: torch.nn.Module) -> None:
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) -> Any:
-    """A PeftModel around `model` with a fresh adapter in fp32. Raises ConfigError for modules that do not exist."""
+    """A PeftModel around `model` with a fresh adapter in fp32. Raises ConfigError for modules that do not exist.
+
+    With init_lora_weights pissa or olora the base weights of `model` change: what the adapter takes over leaves them.
+    """
     targets = resolve_targets(model, config.target_modules)
+    # GPT-2's Conv1D holds its weight transposed; PEFT sets this itself, with a warning, when it is left out.
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    if transposed and config.init_lora_weights == "olora":
+        raise ConfigError(
+            f"init_lora_weights is 'olora': PEFT mistakes the transposed layers of {base_name} for plain ones; choose pissa"
+        )
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        # GPT-2's Conv1D holds its weight transposed; PEFT sets this itself, with a warning, when it is left out.
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=INIT.get(config.init_lora_weights, config.init_lora_weights),
+        fan_in_fan_out=transposed,
     )
     # Seeded right before, so that LoRA and QLoRA of one seed start from the same A.
     torch.manual_seed(config.seed)
@@ -83,9 +103,35 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
         raise ConfigError(
             f"target_modules is {config.target_modules!r}: {error}; name other layers of {', '.join(names)}"
         ) from None
+    if config.init_lora_weights == "loftq":
+        dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
+        original = load_base(Path(model.name_or_path), config, device=CPU, dtype=dtype, four_bit=False)
+        begin_with_what_4_bits_lost(adapted, original)
+    for parameter in trainable_parameters(adapted):  # orthogonal leaves the base's number type
+        parameter.data = parameter.data.float()
     # What loads the adapter looks the base up by this: a name that others know, not a path of this machine.
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
+
+
+@torch.no_grad()
+def begin_with_what_4_bits_lost(adapted: Any, original: PreTrainedModel) -> None:
+    """LoftQ with one iteration (https://arxiv.org/abs/2310.08659): of each quantised layer, the rank-r matrices B and A
+    for which scale * B·A is nearest to original - quantised weight (truncated SVD)."""
+    for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = original.get_submodule(name).weight
+        weight = weight.T if isinstance(original.get_submodule(name), Conv1D) else weight
+        quantised = dequantize_module_weight(layer.get_base_layer())
+        lost = weight.to(quantised.device, torch.float32) - quantised.float()
+        rank = layer.r["default"]
+        # Randomised, as PEFT's fast PiSSA: a full SVD of large layers takes many times longer.
+        u, s, v = torch.svd_lowrank(
+            lost / layer.scaling["default"], q=min(rank + 16, *lost.shape), niter=SVD_ITERATIONS
+        )
+        layer.lora_A["default"].weight.data = (v * s.sqrt())[:, :rank].T.contiguous()
+        layer.lora_B["default"].weight.data = (u * s.sqrt())[:, :rank].contiguous()
 
 
 def resolve_targets(model: PreTrainedModel, target_modules: str | tuple[str, ...]) -> str | list[str]:
@@ -125,3 +171,9 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names that PEFT saves them by."""
+    # PEFT would ask the Hub whether the base's vocabulary grew, to save its embeddings too; ours never does.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,9 +22,8 @@ def merge_onto(run: Run, onto: str) -> Path:
     would round the update away, so that is not offered.
     """
     config, base = run.config(), run.base_model()
-    method = "qlora" if onto == "dequantized" else "lora"
     dtype = torch.bfloat16
-    model = load_base(base.folder, replace(config, method=method), device=torch.device("cpu"), dtype="bf16")
+    model = load_base(base.folder, config, device=torch.device("cpu"), dtype="bf16", four_bit=onto == "dequantized")
     if onto == "dequantized":
         model = model.dequantize().to(dtype)
     merged = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_core import devices, events, models
 from qlora_core.data.rows import Example
@@ -24,16 +26,41 @@ from qlora_core.worker.steps import Stepper
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "safetensors")
 
 
-def write_adapter(run: Run, model: Any, tokenizer: Any) -> None:
-    """adapter/ as PEFT saves it, with the tokenizer and the chat template that training used. Replaced as a whole."""
+def write_adapter(run: Run, model: Any, tokenizer: Any, *, initial: dict[str, torch.Tensor] | None = None) -> None:
+    """adapter/ as PEFT saves it, with the tokenizer and the chat template that training used. Replaced as a whole.
+
+    `initial`: the adapter before the first step, where it took part of the base weights over (PiSSA, OLoRA).
+    """
     partial = run.path / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
     # PEFT would ask the Hub whether the base's vocabulary grew, to save its embeddings too; ours never does.
     model.save_pretrained(partial, safe_serialization=True, save_embedding_layers=False)
+    if initial:
+        _fit_to_original_base(partial, initial)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     shutil.rmtree(run.adapter, ignore_errors=True)
     partial.rename(run.adapter)
+
+
+def _fit_to_original_base(folder: Path, initial: dict[str, torch.Tensor]) -> None:
+    """Rewrite an adapter that was trained on W - s·B0·A0 as one for W: s·(B·A - B0·A0) = s·[B, -B0]·[A; A0], of twice the rank.
+
+    PEFT's own conversion does the same, but loads the first adapter beside the trained one, with warnings.
+    """
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name, first in initial.items():
+        if "lora_A" in name:
+            tensors[name] = torch.cat([tensors[name], first], dim=0)
+        elif "lora_B" in name:
+            tensors[name] = torch.cat([tensors[name], -first], dim=1)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    # The scale stays as it was: alpha / r, or alpha / sqrt(r).
+    factor = math.sqrt(2) if config["use_rslora"] else 2
+    config |= {"r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"], "init_lora_weights": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
 def write_answers(run: Run, step: int, examples: Sequence[Example], answers: Sequence[str], score: Scorer) -> None:
@@ -46,7 +73,7 @@ def write_answers(run: Run, step: int, examples: Sequence[Example], answers: Seq
 
 
 def write_result(
-    run: Run, ending: events.Event, steps: Stepper, *, device: torch.device, attempt_started: float
+    run: Run, ending: events.Event, steps: Stepper, *, device: torch.device, adapter_step: int, attempt_started: float
 ) -> None:
     """`steps` tells the path that ran in the end, which memory or a failed compilation may have changed on the way."""
     history = run.history()
@@ -79,14 +106,18 @@ def write_result(
     meta_info = {
         "ended": type(ending).__name__.lower(),
         "attempts": sum(isinstance(event, events.Launched) for event in history),
-        "created_at": (run.path / "config.json").stat().st_mtime,
+        "created_at": (run.path / "model.json").stat().st_mtime,
         "attempt_seconds": time.time() - attempt_started,
         "ended_at": time.time(),
         "held_out": dataset.eval_source,
     }
     _write_json(
         run.path / "result.json",
-        {"run_info": run_info, "train_info": _train_info(run, history, started), "meta_info": meta_info},
+        {
+            "run_info": run_info,
+            "train_info": _train_info(run, history, started) | {"adapter_step": adapter_step},
+            "meta_info": meta_info,
+        },
     )
 
 

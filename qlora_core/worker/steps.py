@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from transformers import get_scheduler
 
 from qlora_core import devices, events
@@ -19,6 +21,14 @@ from qlora_core.worker.batches import Pass, Row, loss_sum, make_pass, packing_pr
 TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 # Compiling the layers costs about a minute, an eager step of a large model about half a second more than a compiled one.
 COMPILE_FROM_STEPS = 300
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
+    "adamw_8bit": (bnb.optim.AdamW8bit, {}),
+    "paged_adamw_8bit": (bnb.optim.PagedAdamW8bit, {}),
+    "paged_adamw_32bit": (bnb.optim.PagedAdamW32bit, {}),
+}
+# A CPU has no second memory to page to; bitsandbytes would do the same there, with a warning.
+UNPAGED = {"paged_adamw_8bit": (bnb.optim.AdamW8bit, {}), "paged_adamw_32bit": (bnb.optim.AdamW32bit, {})}
 # fp16 gradients overflow now and then while the loss scale settles; this many in a row is a run that diverges.
 SKIPPED_STEPS_IN_A_ROW = 10
 
@@ -43,6 +53,7 @@ class Stepper:
         self.total_steps = config.max_steps or max(1, round(self.steps_per_epoch * config.num_epochs))
         self.token_budget = config.token_budget or TOKEN_BUDGET[device.type]
         self.skipped_in_a_row = 0
+        self.lengths_in_pass: tuple[int, ...] = ()
         self.checkpointing = False
         if config.activation_checkpointing:
             self.use_checkpointing()
@@ -54,6 +65,8 @@ class Stepper:
             with self.accelerator.autocast():
                 self.packed, self.packed_reason = packing_proof(model, rows, device=device)
         self.compiled, self.compiled_reason = self.compile_layers()
+        if config.neftune_noise_alpha:
+            model.get_input_embeddings().register_forward_hook(self.add_noise)
 
     def use_checkpointing(self) -> None:
         self.model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
@@ -61,9 +74,14 @@ class Stepper:
 
     def make_optimizer(self) -> tuple[Any, Any]:
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        kind, options = (OPTIMIZERS | (UNPAGED if self.device.type == "cpu" else {}))[config.optimizer]
+        if config.loraplus_lr_ratio is None:
+            optimizer = kind(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **options)
+        else:
+            optimizer = create_loraplus_optimizer(
+                self.model, kind, lr=config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio,
+                loraplus_weight_decay=config.weight_decay, **options,
+            )  # fmt: skip
         # The first step of a warm-up has rate 0, as in transformers; a run of one step must learn all the same.
         warmup = min(math.ceil(self.total_steps * config.warmup_fraction), self.total_steps // 2)
         name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
@@ -88,6 +106,18 @@ class Stepper:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         return True, f"compiled: {len(layers)} decoder layers"
 
+    def add_noise(self, embedding: torch.nn.Module, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        """NEFTune (https://arxiv.org/abs/2310.05914): uniform noise of at most alpha / sqrt(row length x width).
+
+        The length is each row's own, whatever shares its pass; transformers takes that of the padded batch.
+        """
+        if not embedding.training or not self.lengths_in_pass:
+            return embedded
+        rows = torch.tensor(self.lengths_in_pass, device=embedded.device)
+        lengths = rows.repeat_interleave(rows)[None] if self.packed else rows[:, None]
+        most = self.config.neftune_noise_alpha / (lengths * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most[..., None].to(embedded.dtype)
+
     def passes(self, rows: Sequence[Row]) -> list[Pass]:
         plan = plan_passes([len(row.token_ids) for row in rows], self.token_budget, packed=self.packed)
         return [make_pass([rows[i] for i in members], packed=self.packed, device=self.device) for members in plan]
@@ -105,6 +135,7 @@ class Stepper:
                 torch.manual_seed(seed)
                 total, tokens = torch.zeros((), device=self.device), 0
                 for batch in self.passes(rows):
+                    self.lengths_in_pass = batch.lengths
                     with self.accelerator.autocast():
                         loss = loss_sum(self.model, batch) / supervised
                     self.accelerator.backward(loss)
@@ -190,7 +221,7 @@ class Stepper:
         loss, tokens = self.backward(rows, seed=self.config.seed + 1 + step)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.check_finite(step, rows, loss.item(), float(norm))
-        rate = self.scheduler.get_last_lr()[0]
+        rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,9 +261,6 @@ class Stepper:
             "then start again, or resume from the last checkpoint"
         )
 
-    def adapter(self) -> dict[str, torch.Tensor]:
-        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
-
     def state(self) -> dict[str, Any]:
         """What the next step depends on beside the adapter. Random numbers are not in it: each step is seeded."""
         return {
@@ -241,10 +269,16 @@ class Stepper:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
 
-    def load(self, adapter: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def load_adapter(self, adapter: dict[str, torch.Tensor]) -> None:
         set_peft_model_state_dict(self.model, adapter)
+
+    def load_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # A run that is continued for more steps goes on where the longer schedule is by now, not where the shorter ended.
+        schedule = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        for group, rate, share in schedule:
+            group["lr"] = rate * share(self.scheduler.last_epoch)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -5,7 +5,9 @@ import errno
 import math
 import os
 import shutil
+import threading
 import time
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_core import events
+from qlora_core import events, models
+from qlora_core.config import MUTATED_BASE
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import DatasetError, ModelError, TrainingError
 from qlora_core.runs import Run
@@ -26,6 +29,10 @@ from qlora_core.worker.evaluation import count_correct, evaluation_loss, generat
 from qlora_core.worker.steps import Stepper
 
 EVALUATIONS = 5
+# Groups of settings that a checkpoint depends on, and what in them it does not depend on.
+SHAPING_GROUPS = ("adapter", "quantisation", "optimizer")
+NOT_SHAPING = ("base_model", "max_steps", "num_epochs")
+BEGIN_AT_ZERO = ("default", "gaussian", "orthogonal")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -68,6 +75,12 @@ class Training:
             raise ModelError(
                 f"base model {self.base.name}: its folder {self.base.folder} is gone; put it back, or start a new run"
             )
+        # Hashing a large base takes seconds: meanwhile it is loaded. The hash is asked for again where it is needed.
+        threading.Thread(target=models.weights_sha256, args=(self.base,), daemon=True).start()
+        # What the adapter took over from the base weights at its start, where it does.
+        self.initial: dict[str, torch.Tensor] | None = None
+        self.adapter_step = 0
+        self.eval_losses: dict[int, float] = {}
         self.attempt_started = time.time()
         self.doing = "starting"
 
@@ -88,22 +101,25 @@ class Training:
         self.steps.warm_up()
         try:
             self.measure()
-            if self.done in (0, self.total_steps):
+            if self.done == 0:
                 self.score()
             self.meter.reset()
-            while self.done < self.total_steps:
+            while self.done < self.total_steps and not self.has_stopped_improving():
                 self.check_stop()
                 self.say(self.steps.take(self.done))
                 self.done += 1
                 self.measure()
-                if self.done % self.save_steps == 0 or self.done == self.total_steps:
+                if self.done % self.save_steps == 0 or self.done == self.best_step():
                     self.save_checkpoint()
+            self.save_checkpoint()
+            self.choose_adapter()
             self.score()
         except StopAsked:
             self.save_checkpoint()
+            self.choose_adapter()
             self.finish(events.Stopped(step=self.done))
         else:
-            self.finish(events.Finished(step=self.total_steps))
+            self.finish(events.Finished(step=self.done, reason=self.why_early()))
 
     def check_stop(self, *_: int) -> None:
         if self.stop:
@@ -189,6 +205,8 @@ class Training:
         self.meter.reset()
         base = loading.load_base(self.base.folder, self.config, device=self.device, dtype=self.dtype)
         self.model = loading.add_adapter(base, self.config, base_name=self.base.name)
+        if self.config.init_lora_weights in MUTATED_BASE:
+            self.initial = {name: tensor.cpu().clone() for name, tensor in loading.adapter_tensors(self.model).items()}
         self.model.train()
         self.load_peaks = self.meter.host(), self.meter.allocated()
 
@@ -226,7 +244,7 @@ class Training:
     def measure(self) -> None:
         """The evaluation loss, where one is due at this step and an earlier attempt has not measured it."""
         step = self.done
-        if (step % self.eval_steps and step != self.total_steps) or self.has_said(events.Evaluation, step):
+        if (step % self.eval_steps and step != self.total_steps) or step in self.eval_losses:
             return
         self.phase(f"evaluating on {len(self.eval_rows)} rows")
         begin = hardware.clock(self.device)
@@ -250,10 +268,46 @@ class Training:
                 f"step {step}: the evaluation loss is {loss}; nothing of it was saved. Lower learning_rate "
                 f"(now {self.config.learning_rate:g}) or choose another compute_dtype (now {self.dtype})"
             )
+        self.eval_losses[step] = loss
         self.say(events.Evaluation(step=step, loss=loss, tokens=tokens, seconds=seconds))
 
     def has_said(self, kind: type[events.Event], step: int) -> bool:
         return any(isinstance(event, kind) and event.step == step for event in self.run.history())
+
+    def best_step(self) -> int | None:
+        """The step of the lowest evaluation loss so far, the first of equal ones; None before there is one."""
+        return min((step for step in self.eval_losses if step), key=self.eval_losses.__getitem__, default=None)
+
+    def has_stopped_improving(self) -> bool:
+        """Whether the last `early_stopping_patience` evaluations were all no lower than one before them."""
+        patience, losses = self.config.early_stopping_patience, list(self.eval_losses.values())
+        return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+    def why_early(self) -> str:
+        if self.done == self.total_steps:
+            return ""
+        lowest = min(self.eval_losses, key=self.eval_losses.__getitem__)
+        return (
+            f"ended early, at step {self.done} of {self.total_steps}: the evaluation loss was lowest at step {lowest} "
+            f"({self.eval_losses[lowest]:.4f}) and has not fallen since"
+        )
+
+    def choose_adapter(self) -> None:
+        """With final_adapter "best", put the adapter of the lowest evaluation loss back into the model."""
+        self.adapter_step, best = self.done, self.best_step()
+        if self.config.final_adapter == "last" or best in (None, self.done):
+            return
+        adapter = checkpoints.load_adapter(self.run.path / "checkpoints", best, device=self.device)
+        if adapter is None:
+            self.say(
+                events.Note(
+                    text=f"the checkpoint of step {best}, the best, is gone or damaged: the last adapter is kept"
+                )
+            )
+            return
+        self.steps.load_adapter(adapter)
+        self.adapter_step = best
+        self.say(events.Note(text=f"the adapter of step {best} is kept: its evaluation loss is the lowest"))
 
     def score(self) -> None:
         """Answer held-out rows and count what is right; the answers are kept for reading."""
@@ -267,8 +321,9 @@ class Training:
 
         moment = "before training" if step == 0 else "after training"
         begin = hardware.clock(self.device)
-        # Before the first step the adapter adds nothing; without it the base answers faster.
-        base_only = self.model.disable_adapter() if step == 0 else contextlib.nullcontext()
+        # Before the first step most adapters add nothing; without it the base answers faster.
+        begins_at_zero = config.init_lora_weights in BEGIN_AT_ZERO
+        base_only = self.model.disable_adapter() if step == 0 and begins_at_zero else contextlib.nullcontext()
         with self.steps.accelerator.autocast(), base_only:
             answers = generate(
                 self.model,
@@ -287,32 +342,64 @@ class Training:
 
     def save_checkpoint(self) -> None:
         step = self.done
+        if self.has_said(events.Checkpoint, step):
+            return
         checkpoints.save(
             self.run.path / "checkpoints",
             step,
-            adapter=self.steps.adapter(),
+            adapter=loading.adapter_tensors(self.model),
             state={"step": step, **self.steps.state()},
+            made_for=self.identity(),
             keep=self.config.keep_checkpoints,
+            best=self.best_step(),
         )
         self.say(events.Checkpoint(step=step))
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to fit: base weights, rows, and the settings that shape the steps."""
+        shaping = {
+            spec.name: value
+            for spec in fields(self.config)
+            if (spec.metadata["group"] in SHAPING_GROUPS and spec.name not in NOT_SHAPING)
+            or spec.name == "max_seq_length"
+            for value in [self.config.to_json()[spec.name]]
+        }
+        return shaping | {
+            "base model": self.base.name,
+            "weights of the base model (SHA-256)": models.weights_sha256(self.base),
+            "training rows (SHA-256)": self.run.dataset().train_fingerprint,
+        }
+
     def resume(self) -> int:
-        """Load the newest sound checkpoint of an earlier attempt; returns the step to go on from, 0 for a new run."""
+        """Load the newest sound checkpoint of an earlier attempt; returns the step to go on from, 0 for a new run.
+
+        Raises TrainingError for one of another run.
+        """
         skipped: list[str] = []
-        found = checkpoints.load_newest(self.run.path / "checkpoints", device=self.device, report=skipped.append)
+        folder = self.run.path / "checkpoints"
+        found = checkpoints.load_newest(folder, self.identity, device=self.device, report=skipped.append)
         earlier = any(isinstance(event, events.Launched) and event.attempt > 1 for event in self.run.events()[0])
         step = 0
         if found:
             adapter, state = found
-            self.steps.load(adapter, state)
+            self.steps.load_adapter(adapter)
+            self.steps.load_state(state)
             step = state["step"]
         if earlier:
             self.say(events.Resumed(from_step=step, skipped=tuple(skipped)))
+        self.eval_losses = {e.step: e.loss for e in self.run.history() if isinstance(e, events.Evaluation)}
         return step
 
     def finish(self, ending: events.Event) -> None:
         """Write the adapter and result.json, then say that the run has ended."""
         self.phase("saving the adapter")
-        results.write_adapter(self.run, self.model, self.tokenizer)
-        results.write_result(self.run, ending, self.steps, device=self.device, attempt_started=self.attempt_started)
+        results.write_adapter(self.run, self.model, self.tokenizer, initial=self.initial)
+        results.write_result(
+            self.run,
+            ending,
+            self.steps,
+            device=self.device,
+            adapter_step=self.adapter_step,
+            attempt_started=self.attempt_started,
+        )
         self.say(ending)
