@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import eval_losses, losses, make_run, said, train_here
+from test_worker_variants import VARIANTS
+from tiny_models import StopAfter, adapter, eval_losses, losses, make_run, said, train_here
 
 from qlora_core import events
 from qlora_core.runs import FINISHED, Run
@@ -71,3 +72,18 @@ def test_out_of_memory_makes_smaller_passes_and_the_same_losses(tmp_path: Path) 
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any("out of memory" in note.text for note in said(tight, events.Note))
     assert losses(tight) == pytest.approx(losses(free), abs=BF16_BOUND)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_learns_and_resumes_on_a_gpu(variant: str, tmp_path: Path) -> None:
+    """Ranks high enough that 8-bit states are in 8 bits and large enough to be paged; sums on a GPU may differ in their order."""
+    config = {"rank": 64, "lora_alpha": 32, "save_steps": 2, "compute_dtype": "fp32"} | VARIANTS[variant]
+    whole = trained(tmp_path / "whole", **config)
+    found = eval_losses(whole)
+    assert found[6] < found[0] - 0.05
+    (tmp_path / "stopped").mkdir()
+    stopped = train_here(make_run(tmp_path / "stopped", **(STEPS | config)), StopAfter(3))
+    train_here(stopped)
+    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-3)
+    for name, tensor in adapter(whole).items():
+        torch.testing.assert_close(adapter(stopped)[name], tensor, atol=2e-2, rtol=0)
