@@ -9,7 +9,7 @@ import secrets
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,11 @@ class Run:
         path = self.path / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def combination(self) -> dict[str, Any] | None:
+        """The adapters that this run adds up instead of training one (combining.py); None for a run that trains."""
+        path = self.path / "combination.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
     def events(self, offset: int = 0) -> tuple[list[Event], int]:
         return events.read(self.events_path, offset)
 
@@ -181,38 +186,46 @@ class RunStore:
         The same config on the same rows while such a run is queued or running returns that run: a double click
         starts one. Raises DatasetError, ModelError.
         """
-        self.settings.runs.mkdir(parents=True, exist_ok=True)
-        self._remove_abandoned()
-        temporary = self.settings.runs / f".creating-{os.getpid()}-{secrets.token_hex(4)}"
-        try:
+        with self.new_folder() as folder:
             # The dataset first: a typo in its name must not cost the download of a model.
             dataset = store(
                 config,
-                temporary / "dataset",
+                folder / "dataset",
                 max_row_bytes=self.settings.max_row_bytes,
                 max_rows=self.settings.max_rows,
             )
             model = models.resolve(config.base_model, self.settings, token=token)
-            key = hashlib.sha256(
-                json.dumps(
-                    [config.to_json(), model.to_json(), dataset.train_fingerprint, dataset.eval_fingerprint]
-                ).encode()
-            ).hexdigest()
-            (temporary / "config.json").write_text(json.dumps(config.to_json(), indent=1))
-            (temporary / "model.json").write_text(json.dumps(model.to_json(), indent=1))
-            (temporary / "key").write_text(key)
-            for path in temporary.glob("*"):
-                sync(path)
-            with lock(self.settings.runs / ".lock", wait=True):
-                for run in self.list():
-                    # A run without events is about to be queued.
-                    if run.key() == key and (run.status().state in ACTIVE or not run.events_path.exists()):
-                        return run
-                path = self.settings.runs / _run_id(config)
-                temporary.rename(path)
-            return Run(path, self.settings)
+            return self.publish(folder, config, model, [dataset.train_fingerprint, dataset.eval_fingerprint])
+
+    @contextlib.contextmanager
+    def new_folder(self) -> Iterator[Path]:
+        """A folder to prepare a run in; gone afterwards unless `publish` made it a run."""
+        self.settings.runs.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+        folder = self.settings.runs / f".creating-{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        try:
+            yield folder
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, folder: Path, config: TrainConfig, model: models.BaseModel, made_of: Any) -> Run:
+        """Make the prepared folder a run, all at once; or return the run of the same config, base and `made_of` that is
+        queued or running."""
+        key = hashlib.sha256(json.dumps([config.to_json(), model.to_json(), *made_of]).encode()).hexdigest()
+        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+        (folder / "model.json").write_text(json.dumps(model.to_json(), indent=1))
+        (folder / "key").write_text(key)
+        for path in folder.glob("*"):
+            sync(path)
+        with lock(self.settings.runs / ".lock", wait=True):
+            for run in self.list():
+                # A run without events is about to be queued.
+                if run.key() == key and (run.status().state in ACTIVE or not run.events_path.exists()):
+                    return run
+            path = self.settings.runs / _run_id(config)
+            folder.rename(path)
+        return Run(path, self.settings)
 
     def get(self, run_id: str) -> Run:
         """Raises RunError; names runs that the text is the beginning of."""
@@ -233,7 +246,7 @@ class RunStore:
         return [Run(path, self.settings) for path in sorted(paths, key=lambda p: p.name, reverse=True)]
 
     def delete(self, run: Run) -> None:
-        """Raises RunError while the run is queued or running."""
+        """Raises RunError while the run is queued or running, or another run cannot do without its files."""
         try:
             state = run.status().state  # asked before the lock is ours, or it would be running
         except RunError:
@@ -241,12 +254,39 @@ class RunStore:
         with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as descriptor:
             if descriptor is None or run.queue_place():
                 raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
+            needed_by = [i for i in (*self.based_on(run.path), *self._combining(run)) if i != run.run_id]
+            if needed_by:
+                raise RunError(
+                    f"{run.run_id}: its files are needed by {', '.join(needed_by)}, which could no longer be trained or "
+                    f"merged; delete {'that run' if len(needed_by) == 1 else 'those runs'} first"
+                )
             # A kill leaves no half of a run among the others.
             doomed = self.settings.runs / f".deleted-{run.run_id}"
             run.path.rename(doomed)
             shutil.rmtree(doomed)
             for copy in self.settings.downloads.glob(f"{run.run_id}*"):
                 copy.unlink(missing_ok=True)
+
+    def based_on(self, folder: Path) -> tuple[str, ...]:
+        """Ids of runs whose base model lies in the folder or below it."""
+        return self._ids(lambda run: run.base_model().folder.is_relative_to(folder.resolve()))
+
+    def _combining(self, run: Run) -> tuple[str, ...]:
+        """Ids of combinations of the run's adapter that are yet to be made."""
+
+        def waits_for_it(other: Run) -> bool:
+            parts = (other.combination() or {"parts": []})["parts"]
+            return run.run_id in [part["run_id"] for part in parts] and other.status().state in ACTIVE
+
+        return self._ids(waits_for_it)
+
+    def _ids(self, chosen: Callable[[Run], bool]) -> tuple[str, ...]:
+        found = []
+        for run in self.list():
+            with contextlib.suppress(OSError, ValueError, RunError):  # a run that cannot be read needs nothing
+                if chosen(run):
+                    found.append(run.run_id)
+        return tuple(found)
 
     def _remove_abandoned(self) -> None:
         """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
@@ -389,7 +429,8 @@ def _detail(run: Run, status: RunStatus, attempt: list[Event]) -> str:
     if status.state == FINISHED:
         return _newest(attempt, events.Finished).reason or f"finished after {step} steps"
     if status.state == STOPPED:
-        return f"saved at step {step}" if saved is not None else "stopped before the first step"
+        first = "the adapters were combined" if run.combination() else "the first step"
+        return f"saved at step {step}" if saved is not None else f"stopped before {first}"
     if status.state == FAILED:
         return _newest(attempt, events.Failed).reason
     goes_on = f"can be resumed from step {saved}" if saved is not None else "no checkpoint yet, resuming starts again"

@@ -1,37 +1,63 @@
-"""`python -m qlora_core.worker.merging RUN_DIR original|dequantized`: adapter + base -> one 16-bit model folder."""
+"""`python -m qlora_core.worker.merging RUN_DIR original|dequantized 16bit|nf4`: adapter + base -> one model folder."""
 
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
+from qlora_core.config import replace
+from qlora_core.merging import folder_of, is_current
 from qlora_core.runs import Run
 from qlora_core.settings import Settings
 from qlora_core.tokens import load_tokenizer
+from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.loading import load_base
 
+CPU = torch.device("cpu")
 
-def merge_onto(run: Run, onto: str) -> Path:
+
+def merge_onto(run: Run, onto: str, *, folder: Path | None = None) -> Path:
     """Writes `merged-<onto>` in safetensors shards, with the tokenizer that training used. Runs on the CPU.
 
     Onto "dequantized": the base is quantised as training quantised it and then dequantised; merged into that, the
     model keeps the behaviour that was trained. Adding into the 4-bit weights
     would round the update away, so that is not offered.
+
+    Added up in the number type that the run computed in, and rounded once: to fp16 for an fp16 run, else to bf16.
     """
     config, base = run.config(), run.base_model()
-    dtype = torch.bfloat16
-    model = load_base(base.folder, config, device=torch.device("cpu"), dtype="bf16", four_bit=onto == "dequantized")
+    dtype = (run.result() or {"run_info": {"compute_dtype": "bf16"}})["run_info"]["compute_dtype"]
+    model = load_base(base.folder, config, device=CPU, dtype=dtype, four_bit=onto == "dequantized")
     if onto == "dequantized":
-        model = model.dequantize().to(dtype)
+        model = model.dequantize().to(DTYPES[dtype])
     merged = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()
-    merged.config.use_cache = True
-    folder = run.path / f"merged-{onto}"
+    merged = merged.to(torch.float16 if dtype == "fp16" else torch.bfloat16)
+    return _save(run, merged, folder or folder_of(run, onto, "16bit"))
+
+
+def export_nf4(run: Run, onto: str) -> Path:
+    """Writes `merged-<onto>-nf4`: the merged model with its linear layers in NF4, which loads as such anywhere."""
+    folder, merged = folder_of(run, onto, "nf4"), folder_of(run, onto, "16bit")
+    temporary = folder.with_name(f"{folder.name}.16bit")
+    if not is_current(run, merged):
+        merged = merge_onto(run, onto, folder=temporary)
+    config = replace(run.config(), quant_type="nf4", double_quant=True)
+    quantised = load_base(merged, config, device=CPU, dtype="bf16", four_bit=True)
+    _save(run, quantised, folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _save(run: Run, model: Any, folder: Path) -> Path:
+    """The folder is replaced as a whole."""
+    model.config.use_cache = True
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial, safe_serialization=True, max_shard_size="4GB")
+    model.save_pretrained(partial, safe_serialization=True, max_shard_size="4GB")
     load_tokenizer(run.adapter).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -39,4 +65,6 @@ def merge_onto(run: Run, onto: str) -> Path:
 
 
 if __name__ == "__main__":
-    merge_onto(Run(Path(sys.argv[1]), Settings.from_environment()), sys.argv[2])
+    _, run_directory, onto, export = sys.argv
+    make = export_nf4 if export == "nf4" else merge_onto
+    make(Run(Path(run_directory), Settings.from_environment()), onto)
