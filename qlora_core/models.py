@@ -1,4 +1,4 @@
-"""Base models: the bundled one, a local folder or a Hub id -> a folder on disk with its exact origin. Loads no weights."""
+"""Base models: bundled, a local folder, a merged run or a Hub id -> a folder on disk with its origin. Loads no weights."""
 
 import hashlib
 import importlib.util
@@ -10,10 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qlora_core.config import TrainConfig
 from qlora_core.errors import ModelError
 from qlora_core.settings import Settings
 
 BUNDLED = "bundled"
+MERGED_RUN = "run:"
 # The true weights on the Hub, at the revision that a Space preloads (README front matter).
 HUB_REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 # What a base model may consist of: no pickles, no code.
@@ -47,21 +49,56 @@ class BaseModel:
 
 
 def resolve(name: str, settings: Settings, *, token: str | None = None) -> BaseModel:
-    """Find the model, downloading it from the Hub if it is named by id. Raises ModelError."""
+    """Find the model, downloading it from the Hub if it is named by id; `run:ID` is a merged run. Raises ModelError."""
     if name == BUNDLED:
         return _bundled(settings)
     folder = Path(os.path.expanduser(name))
+    if name.startswith(MERGED_RUN):
+        return _checked(_merged(_merge_of(name.removeprefix(MERGED_RUN), settings)))
     if os.path.isdir(folder):
-        return _checked(BaseModel(folder.name, folder.resolve(), None, "local folder"))
+        folder = folder.resolve()
+        is_merge = folder.name.startswith("merged-") and folder.parent.parent == settings.runs.resolve()
+        return _checked(_merged(folder) if is_merge else BaseModel(folder.name, folder, None, "local folder"))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
         raise _no_name_of_a_model(name)
     return _from_hub(name, token)
 
 
+def _merge_of(run_id: str, settings: Settings) -> Path:
+    """The newest 16-bit merge of the run, whose id may be abbreviated. Raises ModelError where there is none of the adapter
+    that the run has now."""
+    ids = sorted(path.parent.name for path in settings.runs.glob("[!.]*/config.json"))
+    found = [known for known in ids if known == run_id] or [
+        known for known in ids if run_id and known.startswith(run_id)
+    ]
+    if len(found) != 1:
+        hint = f"it could be {', '.join(found)}" if found else "`python -m qlora_core runs list` shows those there are"
+        raise ModelError(f"base model '{MERGED_RUN}{run_id}': there is no run {run_id!r}; {hint}")
+    run = settings.runs / found[0]
+    weights = run / "adapter" / "adapter_model.safetensors"
+    trained_at = weights.stat().st_mtime if weights.exists() else 0
+    merges = [path for onto in ("original", "dequantized") if (path := run / f"merged-{onto}" / "config.json").exists()]
+    newest = max((path.parent for path in merges), key=lambda folder: folder.stat().st_mtime, default=None)
+    if newest is None or newest.stat().st_mtime < trained_at:
+        what = "is not merged yet" if newest is None else "was trained on since it was merged"
+        raise ModelError(
+            f"base model '{MERGED_RUN}{run_id}': the run {what}; merge it: `python -m qlora_core merge {found[0]}`, or "
+            "Publish, Merge"
+        )
+    return newest.resolve()
+
+
+def _merged(folder: Path) -> BaseModel:
+    """`folder` is a merged model below its run's; the run's name says more than the folder's."""
+    run = folder.parent
+    name = TrainConfig.from_json_file(run / "config.json").run_name()
+    return BaseModel(f"{name} {folder.name.replace('-', ' onto ', 1)}", folder, None, f"merged run {run.name}")
+
+
 def _no_name_of_a_model(name: str) -> ModelError:
     return ModelError(
-        f"base model {name!r}: is no folder here and no Hub id; write 'bundled', a folder, 'owner/name' or "
-        "'owner/name@revision'"
+        f"base model {name!r}: is no folder here and no Hub id; write 'bundled', a folder, 'owner/name', "
+        "'owner/name@revision' or 'run:' and the id of a merged run"
     )
 
 
