@@ -8,8 +8,6 @@ import shutil
 import threading
 import time
 from dataclasses import fields
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +16,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_core import events, models
 from qlora_core.config import MUTATED_BASE
-from qlora_core.data.stored import read_stored
-from qlora_core.errors import DatasetError, ModelError, TrainingError
+from qlora_core.errors import ModelError, TrainingError
 from qlora_core.runs import Run
 from qlora_core.scores import scorer
-from qlora_core.tokens import load_tokenizer, prompt_ids, render, template_name
+from qlora_core.tokens import load_tokenizer, template_name
 from qlora_core.worker import checkpoints, hardware, loading, results
-from qlora_core.worker.batches import Row
 from qlora_core.worker.evaluation import count_correct, evaluation_loss, generate
+from qlora_core.worker.reading import read_rows
 from qlora_core.worker.steps import Stepper
 
 EVALUATIONS = 5
@@ -38,16 +35,20 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def train(run: Run, stop: Any) -> None:
     """Train the run to its end or to a stop. Raises LabError where a person can mend what is wrong."""
+    run_guarded(Training(run, stop))
+
+
+def run_guarded(training: "Training") -> None:
+    """Run it to its end; a full disk and full memory become a TrainingError that says what helps."""
     disable_progress_bar()  # the run's events say how far it is; bars would fill its log
-    training = Training(run, stop)
     try:
         training.run_to_end()
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) not in DISK_FULL and not any(os.strerror(n) in str(error) for n in DISK_FULL):
             raise
-        shutil.rmtree(run.path / "adapter.partial", ignore_errors=True)
+        shutil.rmtree(training.run.path / "adapter.partial", ignore_errors=True)
         raise TrainingError(
-            f"the disk became full while {training.doing}: free space on the disk of {run.path}, then resume"
+            f"the disk became full while {training.doing}: free space on the disk of {training.run.path}, then resume"
         ) from error
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator raises a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -93,7 +94,10 @@ class Training:
 
     def run_to_end(self) -> None:
         self.tokenizer = load_tokenizer(self.base.folder)
-        self.read_rows()
+        self.phase("reading the dataset")
+        self.rows = read_rows(self.run, self.tokenizer)
+        for remark in self.run.dataset().remarks():
+            self.say(events.Note(text=remark))
         self.load_model()
         self.prepare_steps()
         self.done = self.resume()
@@ -125,79 +129,6 @@ class Training:
         if self.stop:
             raise StopAsked
 
-    # -- what is trained on
-
-    def read_rows(self) -> None:
-        """Render every row once. Raises DatasetError when nothing in the file would be learnt."""
-        self.phase("reading the dataset")
-        folder = self.run.path / "dataset"
-        self.train_rows, train_cut, left_out, longest = self._rendered(folder / "train.jsonl")
-        self.eval_rows, _, eval_left_out, _ = self._rendered(folder / "eval.jsonl")
-        self.eval_examples = list(islice(read_stored(folder / "eval.jsonl"), self.config.score_rows))
-        self.rows_cut, self.rows_left_out, self.eval_rows_left_out = train_cut, left_out, eval_left_out
-        limit = f"max_seq_length is {self.config.max_seq_length}"
-        if not self.train_rows or not self.eval_rows:
-            what, lost = ("evaluation", eval_left_out) if self.train_rows else ("training", left_out)
-            lines = ", ".join(map(str, lost[:20]))
-            raise DatasetError(
-                f"no {what} row has a token to learn: every row is cut before its response begins ({limit}; lines {lines}); "
-                "raise max_seq_length"
-            )
-        if train_cut == len(self.train_rows) + len(left_out):
-            raise DatasetError(
-                f"every row is cut before its end ({limit}), so no response would end; raise max_seq_length to {longest} "
-                "(the longest row), or shorten the rows"
-            )
-        self.check_positions()
-        for remark in self.run.dataset().remarks():
-            self.say(events.Note(text=remark))
-
-    def _rendered(self, path: Path) -> tuple[list[Row], int, tuple[int, ...], int]:
-        """Rows with something to learn, how many were cut, the lines of rows left out (their response is cut away whole,
-        or, with skip_bad_rows, the template refuses them), and the tokens of the longest row before any cut."""
-        rows, cut, left_out, longest, refused = [], 0, [], 0, []
-        for example in read_stored(path):
-            try:
-                rendered = render(example, self.tokenizer, max_seq_length=self.config.max_seq_length)
-            except DatasetError as error:
-                refused.extend(error.problems)
-                left_out.append(example.line)
-                continue
-            cut += rendered.is_cut
-            longest = max(longest, len(rendered.token_ids))
-            if rendered.supervised_tokens:
-                rows.append(Row.of(rendered))
-            else:
-                left_out.append(example.line)
-        if refused and not self.config.skip_bad_rows:
-            raise DatasetError(
-                f"{len(refused):,} rows cannot be written in the model's chat template; mend them, or leave them out with "
-                "skip_bad_rows",
-                *refused[:20],
-            )
-        return rows, cut, tuple(left_out), longest
-
-    def check_positions(self) -> None:
-        """Raises DatasetError where a row, or a prompt with its answer, is longer than the model has positions for."""
-        positions = self.base.positions()
-        longest = max((len(row.token_ids), row.line) for row in (*self.train_rows, *self.eval_rows))
-        if positions and longest[0] > positions:
-            raise DatasetError(
-                f"line {longest[1]} has {longest[0]:,} tokens, but {self.base.name} has positions for {positions:,}; "
-                f"set max_seq_length to {positions} or less"
-            )
-        if not positions or self.config.score == "none":
-            return
-        room = positions - self.config.score_max_new_tokens
-        for example in self.eval_examples:
-            length = len(prompt_ids(example, self.tokenizer))
-            if length > room:
-                raise DatasetError(
-                    f"line {example.line} of the evaluation rows: its prompt of {length:,} tokens and an answer of "
-                    f"{self.config.score_max_new_tokens} do not fit into the {positions:,} positions of {self.base.name}; "
-                    "shorten it, lower score_max_new_tokens, or set score to none"
-                )
-
     # -- the model and the way it is trained
 
     def load_model(self) -> None:
@@ -213,18 +144,18 @@ class Training:
     def prepare_steps(self) -> None:
         """Decide how the steps run, and say so."""
         self.phase("proving that rows can share a pass")
-        steps = Stepper(self.model, self.config, self.train_rows, device=self.device, dtype=self.dtype, say=self.say)
+        steps = Stepper(self.model, self.config, self.rows.train, device=self.device, dtype=self.dtype, say=self.say)
         self.steps, self.total_steps = steps, steps.total_steps
         self.eval_steps = self.config.eval_steps or max(1, math.ceil(steps.total_steps / EVALUATIONS))
         self.save_steps = self.config.save_steps or self.eval_steps
         self.say(
             events.Started(
                 total_steps=steps.total_steps,
-                train_rows=len(self.train_rows),
-                eval_rows=len(self.eval_rows),
-                rows_cut=self.rows_cut,
-                rows_left_out=self.rows_left_out,
-                eval_rows_left_out=self.eval_rows_left_out,
+                train_rows=len(self.rows.train),
+                eval_rows=len(self.rows.evaluation),
+                rows_cut=self.rows.cut,
+                rows_left_out=self.rows.left_out,
+                eval_rows_left_out=self.rows.eval_left_out,
                 device=hardware.describe(self.device),
                 compute_dtype=self.dtype,
                 template=template_name(self.tokenizer),
@@ -246,12 +177,12 @@ class Training:
         step = self.done
         if (step % self.eval_steps and step != self.total_steps) or step in self.eval_losses:
             return
-        self.phase(f"evaluating on {len(self.eval_rows)} rows")
+        self.phase(f"evaluating on {len(self.rows.evaluation)} rows")
         begin = hardware.clock(self.device)
         with self.steps.accelerator.autocast():
             loss, tokens = evaluation_loss(
                 self.model,
-                self.eval_rows,
+                self.rows.evaluation,
                 token_budget=self.steps.token_budget,
                 packed=self.steps.packed,
                 device=self.device,
@@ -328,13 +259,13 @@ class Training:
             answers = generate(
                 self.model,
                 self.tokenizer,
-                self.eval_examples,
+                self.rows.scored,
                 max_new_tokens=config.score_max_new_tokens,
                 device=self.device,
                 report=report,
             )
-        correct = count_correct(answers, self.eval_examples, scorer(config.score, config.score_fields))
-        results.write_answers(self.run, step, self.eval_examples, answers, scorer(config.score, config.score_fields))
+        correct = count_correct(answers, self.rows.scored, scorer(config.score, config.score_fields))
+        results.write_answers(self.run, step, self.rows.scored, answers, scorer(config.score, config.score_fields))
         seconds = hardware.clock(self.device) - begin
         self.say(events.Score(step=step, name=config.score, correct=correct, total=len(answers), seconds=seconds))
 
