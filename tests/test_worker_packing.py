@@ -158,8 +158,8 @@ def test_what_cannot_be_packed_trains_padded(architecture: str, tmp_path: Path) 
 
 
 def test_layers_that_peft_refuses_are_named_with_what_to_choose(tmp_path: Path) -> None:
-    """Mamba's out_proj, which all-linear holds: its kernel bypasses the layer."""
-    with pytest.raises(ConfigError, match=r"(?s)'all-linear'.*out_proj.*name other layers of .*in_proj.*x_proj"):
-        adapted_with = TrainConfig(method="lora", target_modules="all-linear")
+    """Mamba's out_proj, which all-linear leaves out: its kernel bypasses the layer."""
+    with pytest.raises(ConfigError, match=r"(?s)'out_proj'.*name other layers of .*in_proj.*x_proj"):
+        adapted_with = TrainConfig(method="lora", target_modules=("out_proj",))
         base = loading.load_base(model_folder("mamba"), adapted_with, device=CPU, dtype="fp32")
         loading.add_adapter(base, adapted_with, base_name="tiny")

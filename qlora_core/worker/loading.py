@@ -11,17 +11,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora_core import targets
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, ModelError
+from qlora_core.worker.architecture import linear_layers
 from qlora_core.worker.hardware import DTYPES
 
 CPU = torch.device("cpu")
 SVD_ITERATIONS = 16
 # Our names for what PEFT calls otherwise. Its own LoftQ runs on a GPU only and forgets lora_alpha, so that is ours.
 INIT: dict[str, bool | str] = {"default": True, "loftq": True, "pissa": f"pissa_niter_{SVD_ITERATIONS}"}
-QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin")
-# Layers in which query, key and value are one matrix: they cannot be targeted apart.
-FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
 
 
 def load_base(
@@ -76,7 +75,8 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
 
     With init_lora_weights pissa or olora the base weights of `model` change: what the adapter takes over leaves them.
     """
-    targets = resolve_targets(model, config.target_modules)
+    layers = linear_layers(model)
+    targeted = targets.resolve(layers, config.target_modules)
     # GPT-2's Conv1D holds its weight transposed; PEFT sets this itself, with a warning, when it is left out.
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if transposed and config.init_lora_weights == "olora":
@@ -88,7 +88,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=[layer.name for layer in targeted],
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=INIT.get(config.init_lora_weights, config.init_lora_weights),
@@ -96,12 +96,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
     )
     # Seeded right before, so that LoRA and QLoRA of one seed start from the same A.
     torch.manual_seed(config.seed)
-    names = linear_names(model)
     try:
         adapted = get_peft_model(model, lora)
     except ValueError as error:  # such as Mamba's out_proj, whose kernel bypasses the layer
         raise ConfigError(
-            f"target_modules is {config.target_modules!r}: {error}; name other layers of {', '.join(names)}"
+            f"target_modules is {config.target_modules!r}: {error}; name other layers of {', '.join(targets.last_names(layers))}"
         ) from None
     if config.init_lora_weights == "loftq":
         dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
@@ -132,41 +131,6 @@ def begin_with_what_4_bits_lost(adapted: Any, original: PreTrainedModel) -> None
         )
         layer.lora_A["default"].weight.data = (v * s.sqrt())[:, :rank].T.contiguous()
         layer.lora_B["default"].weight.data = (u * s.sqrt())[:, :rank].contiguous()
-
-
-def resolve_targets(model: PreTrainedModel, target_modules: str | tuple[str, ...]) -> str | list[str]:
-    """Module names for PEFT. Raises ConfigError naming what the model has instead."""
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
-    if target_modules == "all-linear":
-        return "all-linear"
-    if target_modules == "attention":
-        found = [n for n in linear if any("attn" in part or "attention" in part for part in n.split(".")[:-1])]
-    elif target_modules == "query-value":
-        found = [n for n in linear if n.rsplit(".", 1)[-1] in (*QUERY_VALUE, *FUSED_QKV)]
-    else:
-        names = tuple(target_modules)
-        missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in linear)]
-        if missing:
-            raise ConfigError(
-                f"target_modules: the model has no linear layer {', '.join(missing)}; it has {', '.join(linear_names(model))}"
-            )
-        found = list(names)
-    if not found:
-        raise ConfigError(
-            f"target_modules is {target_modules!r}, which fits none of the model's linear layers "
-            f"({', '.join(linear_names(model))}); choose all-linear, or name layers"
-        )
-    return found
-
-
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """The last parts of the names of linear layers, each once."""
-    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if is_linear(module)})
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """Linear layers of any precision (bitsandbytes' are subclasses), GPT-2's Conv1D included."""
-    return isinstance(module, (torch.nn.Linear, Conv1D))
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

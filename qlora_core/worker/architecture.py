@@ -1,0 +1,77 @@
+"""A base model's config.json -> its layers and sizes as JSON, with no weight loaded. Run as a process: -m … FOLDER."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_core.targets import Layer
+
+# PEFT refuses these: Mamba's kernel takes their weights past the layer (peft/tuners/tuners_utils.py).
+MAMBA_TYPES, PAST_THE_LAYER = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), {"out_proj"}
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What `targets.Architecture` is made of, for the causal language model that the folder's config.json describes."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    layers = linear_layers(model)
+    embedding = model.get_input_embeddings().weight
+    return {
+        "model_type": config.model_type,
+        "layers": [list(asdict(layer).values()) for layer in layers],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "quantised_parameters": _quantised_parameters(model),
+        "vocabulary": embedding.shape[0],
+        "hidden_size": embedding.shape[1],
+        "layer_count": config.get_text_config().num_hidden_layers,
+    }
+
+
+def linear_layers(model: PreTrainedModel) -> list[Layer]:
+    """Every linear layer that PEFT could adapt, in the model's order; the output embedding is the head."""
+    head, refused, layers = model.get_output_embeddings(), refused_names(model.config.model_type), []
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):  # GPT-2's, which holds its weight transposed
+            sizes = module.nx, module.nf
+        elif isinstance(module, torch.nn.Linear):  # bitsandbytes' layers are such too
+            sizes = module.in_features, module.out_features
+        else:
+            continue
+        adaptable = name.rsplit(".", 1)[-1] not in refused
+        layers.append(Layer(name, *sizes, is_head=module is head, is_adaptable=adaptable))
+    return layers
+
+
+def refused_names(model_type: str) -> set[str]:
+    """Last names of layers that PEFT adapts not at all, or takes for names of expert weights, which are no layers here."""
+    experts = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {})
+    return set(experts) | (PAST_THE_LAYER if model_type in MAMBA_TYPES else set())
+
+
+def _quantised_parameters(model: PreTrainedModel) -> int:
+    """Weights that bitsandbytes holds in 4 bits: of linear layers but those that transformers leaves out."""
+    kept = get_keys_to_not_convert(model)
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and should_convert_module(name, kept)
+    )
+
+
+def main() -> None:
+    json.dump(described(Path(sys.argv[1])), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
