@@ -17,6 +17,7 @@ from tqdm import tqdm
 from qlora_core import events, queue
 from qlora_core.config import TrainConfig
 from qlora_core.data.inspection import inspect
+from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
 from qlora_core.merging import merge
 from qlora_core.runs import ACTIVE, CRASHED, FAILED, Run, RunStore
@@ -109,6 +110,10 @@ def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.Argumen
                 "--max-steps", type=int, metavar="N", help="steps in all: continues a finished run, or changes the end"
             )
         command.set_defaults(command=function)
+    command = commands.add_parser("diff", parents=[common], help="settings, rows, device and versions that differ")
+    command.add_argument("run", help="id of a run, or its beginning")
+    command.add_argument("other", help="id of another")
+    command.set_defaults(command=_diff)
 
 
 def _print_json(value: Any) -> None:
@@ -281,6 +286,20 @@ def _show(options: argparse.Namespace, settings: Settings) -> int:
         print(json.dumps(result["train_info"], indent=1))
     if status.state == CRASHED:
         print(f"end of the log:\n{run.log_tail(20)}")
+    return 0
+
+
+def _diff(options: argparse.Namespace, settings: Settings) -> int:
+    runs = [RunStore(settings).get(name) for name in (options.run, options.other)]
+    found = run_differences(*runs)
+    if options.json:
+        _print_json({"runs": [run.run_id for run in runs], "differences": [entry._asdict() for entry in found]})
+        return 0
+    for entry in found:
+        first, second = entry.words()
+        print(f"{entry.field}\n  {first}\n  {second}")
+    if not found:
+        print("no setting differs")
     return 0
 
 
