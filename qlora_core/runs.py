@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_core import events, models
+from qlora_core import events, models, trackers
 from qlora_core.config import TrainConfig
 from qlora_core.data.stored import StoredDataset, store
 from qlora_core.errors import ConfigError, RunError
@@ -184,8 +184,10 @@ class RunStore:
         """Check and copy the dataset, resolve the base model, and make the run's directory.
 
         The same config on the same rows while such a run is queued or running returns that run: a double click
-        starts one. Raises DatasetError, ModelError.
+        starts one. Raises ConfigError, DatasetError, ModelError.
         """
+        if without_tracker := trackers.problem(config):
+            raise ConfigError(without_tracker)
         with self.new_folder() as folder:
             # The dataset first: a typo in its name must not cost the download of a model.
             dataset = store(

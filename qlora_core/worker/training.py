@@ -24,6 +24,7 @@ from qlora_core.worker import checkpoints, hardware, loading, results
 from qlora_core.worker.evaluation import count_correct, evaluation_loss, generate
 from qlora_core.worker.reading import read_rows
 from qlora_core.worker.steps import Stepper
+from qlora_core.worker.tracking import Tracking
 
 EVALUATIONS = 5
 # Groups of settings that a checkpoint depends on, and what in them it does not depend on.
@@ -57,6 +58,8 @@ def run_guarded(training: "Training") -> None:
             f"out of memory while {training.doing}: {str(error).split('. If reserved')[0]}. Choose qlora, a lower rank, a "
             "shorter max_seq_length or a smaller base model, or end what else uses this device"
         ) from error
+    finally:
+        training.tracking.finish()
 
 
 class StopAsked(Exception):
@@ -84,9 +87,11 @@ class Training:
         self.eval_losses: dict[int, float] = {}
         self.attempt_started = time.time()
         self.doing = "starting"
+        self.tracking = Tracking(run)
 
     def say(self, event: events.Event) -> None:
         events.append(self.run.events_path, event)
+        self.tracking.log(event)
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         self.doing = name
@@ -333,4 +338,5 @@ class Training:
             adapter_step=self.adapter_step,
             attempt_started=self.attempt_started,
         )
+        self.tracking.finish()
         self.say(ending)
