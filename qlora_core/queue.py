@@ -54,6 +54,11 @@ def resume(run: Run, *, max_steps: int | None = None) -> None:
     RunError for a run in another state, or one that has made those steps already.
     """
     status = run.status()
+    if run.combination() and (status.state == FINISHED or max_steps is not None):
+        raise RunError(
+            f"{run.run_id}: combines adapters and has no steps to continue; merge it and train on the merge "
+            f"(--base-model run:{run.run_id})"
+        )
     if status.state == FINISHED and max_steps is None:
         raise RunError(f"{run.run_id}: is finished; to continue it, say for how many steps in all: --max-steps N")
     if status.state not in (STOPPED, CRASHED, FAILED, FINISHED):

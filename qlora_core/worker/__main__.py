@@ -1,4 +1,4 @@
-"""`python -m qlora_core.worker RUN_DIR [LOCK_DESCRIPTOR …]`: train one run, then let the queue go on."""
+"""`python -m qlora_core.worker RUN_DIR [LOCK_DESCRIPTOR …]`: train one run, or combine adapters, then let the queue go on."""
 
 import os
 import signal
@@ -36,9 +36,12 @@ def main(run_directory: str, *locks: str) -> None:
     stop = StopRequest(run)
     failed = False
     try:
-        from qlora_core.worker.training import train
+        if run.combination():
+            from qlora_core.worker.combining import combine as work
+        else:
+            from qlora_core.worker.training import train as work
 
-        train(run, stop)
+        work(run, stop)
     except LabError as error:
         failed = True
         steps = [event.step for event in run.history() if isinstance(event, events.Step)]

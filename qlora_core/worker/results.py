@@ -77,20 +77,9 @@ def write_result(
 ) -> None:
     """`steps` tells the path that ran in the end, which memory or a failed compilation may have changed on the way."""
     history = run.history()
-    config, base, dataset = run.config(), run.base_model(), run.dataset()
     started = [event for event in history if isinstance(event, events.Started)][-1]
-    run_info = {
-        "run_id": run.run_id,
-        "config": config.to_json(),
-        "base_model": {
-            "name": base.name,
-            "revision": base.revision,
-            "origin": base.origin,
-            "weights_sha256": models.weights_sha256(base),
-        },
-        "dataset": json.loads((run.path / "dataset" / "dataset.json").read_text()),
+    how = {
         "template": started.template,
-        "device": hardware.describe(device),
         "compute_dtype": steps.dtype,
         "path": {
             "packed": steps.packed_reason,
@@ -98,6 +87,46 @@ def write_result(
             "token_budget": steps.token_budget,
             "activation_checkpointing": steps.checkpointing,
         },
+    }
+    found = {
+        "steps": max((event.step for event in history if isinstance(event, events.Step)), default=0),
+        "total_steps": started.total_steps,
+        "train_rows": started.train_rows,
+        "eval_rows": started.eval_rows,
+        "rows_cut": started.rows_cut,
+        "rows_left_out": list(started.rows_left_out),
+        "eval_rows_left_out": list(started.eval_rows_left_out),
+        "load_peak_host_bytes": started.load_peak_host_bytes,
+        "load_peak_allocated_bytes": started.load_peak_allocated_bytes,
+        "trainable_parameters": started.trainable_parameters,
+        "adapter_step": adapter_step,
+    }
+    write_run_result(run, ending, how=how, found=found, device=device, attempt_started=attempt_started)
+
+
+def write_run_result(
+    run: Run,
+    ending: events.Event,
+    *,
+    how: dict[str, Any],
+    found: dict[str, Any],
+    device: torch.device,
+    attempt_started: float,
+) -> None:
+    """result.json of any run. `how` it was made joins run_info, what it `found` train_info; the rest is read here."""
+    history, base = run.history(), run.base_model()
+    run_info = {
+        "run_id": run.run_id,
+        "config": run.config().to_json(),
+        "base_model": {
+            "name": base.name,
+            "revision": base.revision,
+            "origin": base.origin,
+            "weights_sha256": models.weights_sha256(base),
+        },
+        "dataset": json.loads((run.path / "dataset" / "dataset.json").read_text()),
+        "device": hardware.describe(device),
+        **how,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "driver": devices.driver_versions(),
@@ -109,19 +138,16 @@ def write_result(
         "created_at": (run.path / "model.json").stat().st_mtime,
         "attempt_seconds": time.time() - attempt_started,
         "ended_at": time.time(),
-        "held_out": dataset.eval_source,
+        "held_out": run.dataset().eval_source,
     }
     _write_json(
         run.path / "result.json",
-        {
-            "run_info": run_info,
-            "train_info": _train_info(run, history, started) | {"adapter_step": adapter_step},
-            "meta_info": meta_info,
-        },
+        {"run_info": run_info, "train_info": _measured(run, history) | found, "meta_info": meta_info},
     )
 
 
-def _train_info(run: Run, history: list[events.Event], started: events.Started) -> dict[str, Any]:
+def _measured(run: Run, history: list[events.Event]) -> dict[str, Any]:
+    """What the run's events and its adapter say, in figures."""
     steps = [event for event in history if isinstance(event, events.Step)]
     evaluations = [event for event in history if isinstance(event, events.Evaluation)]
     timed = events.timed_steps(history)
@@ -130,20 +156,10 @@ def _train_info(run: Run, history: list[events.Event], started: events.Started) 
         name: events.peak(history, name) for name in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_host_bytes")
     }
     return {
-        "steps": steps[-1].step if steps else 0,
-        "total_steps": started.total_steps,
-        "train_rows": started.train_rows,
-        "eval_rows": started.eval_rows,
-        "rows_cut": started.rows_cut,
-        "rows_left_out": list(started.rows_left_out),
-        "eval_rows_left_out": list(started.eval_rows_left_out),
         "step_seconds_median": statistics.median(seconds) if seconds else None,
         "step_seconds_quartiles": statistics.quantiles(seconds, n=4) if len(seconds) > 1 else None,
         "tokens_per_second": sum(e.tokens for e in timed) / sum(seconds) if seconds else None,
         **peaks,
-        "load_peak_host_bytes": started.load_peak_host_bytes,
-        "load_peak_allocated_bytes": started.load_peak_allocated_bytes,
-        "trainable_parameters": started.trainable_parameters,
         "adapter_bytes": (run.adapter / "adapter_model.safetensors").stat().st_size,
         "train_loss": steps[-1].loss if steps else None,
         "eval_losses": [{"step": e.step, "loss": e.loss, "tokens": e.tokens} for e in evaluations],
