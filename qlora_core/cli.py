@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import events, queue
+from qlora_core import combining, events, queue
 from qlora_core.config import TrainConfig
 from qlora_core.data.inspection import inspect
 from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
-from qlora_core.merging import merge
+from qlora_core.merging import EXPORTS, merge
 from qlora_core.runs import ACTIVE, CRASHED, FAILED, Run, RunStore
 from qlora_core.settings import Settings
 
@@ -67,10 +67,30 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--onto", choices=("original", "dequantized"), help="default: dequantized for qlora, else original"
     )
+    command.add_argument(
+        "--export", choices=EXPORTS, default="16bit", help="nf4: the merged model in 4 bits, a quarter of the size"
+    )
     command.set_defaults(command=_merge)
+
+    command = commands.add_parser("combine", parents=[common], help="add the adapters of several runs into a new one")
+    _add_combine_options(command)
 
     _add_runs_commands(commands.add_parser("runs", help="list, show, stop, resume, delete, reorder runs"), common)
     return root
+
+
+def _add_combine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="id of a run, or its beginning")
+    command.add_argument("--weights", required=True, help="one a run: 0.5,0.5 (or --weights=-1,1)")
+    methods = "; ".join(f"{name}: {method.help}" for name, method in combining.METHODS.items())
+    command.add_argument("--method", default="svd", metavar="METHOD", help=f"default svd. {methods}")
+    command.add_argument("--out", required=True, metavar="NAME", help="name of the new run")
+    command.add_argument("--density", type=float, help="share of entries kept by methods that drop some, default 0.5")
+    command.add_argument(
+        "--rank", type=int, help="rank of the result, for svd methods; default: the highest of the runs"
+    )
+    command.add_argument("--detach", action="store_true", help="queue the run and return at once")
+    command.set_defaults(command=_combine)
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
@@ -150,7 +170,27 @@ def _train(options: argparse.Namespace, settings: Settings) -> int:
         else TrainConfig.from_mapping(values, where="the options")
     )
     # The token of `hf auth login` or HF_TOKEN fetches private and gated bases; the run itself never sees it.
-    run = RunStore(settings).create(config, token=get_token())
+    return _queue_and_follow(RunStore(settings).create(config, token=get_token()), options, settings)
+
+
+def _combine(options: argparse.Namespace, settings: Settings) -> int:
+    store, runs, problems = RunStore(settings), [], []
+    for run_id in options.runs:
+        try:
+            runs.append(store.get(run_id))
+        except RunError as error:
+            problems.extend(error.problems)
+    try:
+        weights = [float(weight) for weight in options.weights.split(",")]
+    except ValueError:
+        problems.append(f"weights is {options.weights!r}; write one number a run, with commas between them: 0.5,0.5")
+    if problems:
+        raise RunError(*problems)
+    how = {"method": options.method, "name": options.out, "density": options.density, "rank": options.rank}
+    return _queue_and_follow(combining.create_combined(runs, weights, **how), options, settings)
+
+
+def _queue_and_follow(run: Run, options: argparse.Namespace, settings: Settings) -> int:
     queue.add(run)
     queue.start_next(settings)
     if options.detach:
@@ -231,7 +271,7 @@ def _line(event: events.Event) -> str | None:
 
 def _merge(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
-    folder = merge(run, onto=options.onto, report=lambda text: print(text, file=sys.stderr))
+    folder = merge(run, onto=options.onto, export=options.export, report=lambda text: print(text, file=sys.stderr))
     _print_json({"folder": str(folder)}) if options.json else print(folder)
     return 0
 
