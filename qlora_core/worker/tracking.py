@@ -1,7 +1,7 @@
 """A run's losses in a tracker (trackio, wandb, mlflow, tensorboard), told what the run says; never a reason for it to end."""
 
 import os
-import threading
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from qlora_core import events
 from qlora_core.runs import Run
 
-# A tracker that waits for its server at the end must not keep the device.
-FINISH_SECONDS = 60
+# A tracker that waits for its server, at first or at the end, must not keep the device.
+PATIENCE_SECONDS = 30.0
+SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 # (name, step) of values that a tracker holds already.
 Held = set[tuple[str, int]]
 
@@ -38,16 +39,14 @@ class Tracking:
 
     def finish(self) -> None:
         """Let the tracker write what it still holds back. May be called twice."""
-        tracker, self.tracker = self.tracker, None
-        if not self.is_on or tracker is None:
-            return
+        if self.is_on and self.tracker is not None:
+            self._guarded("finishing", self._finish)
         self.is_on = False
-        thread = threading.Thread(target=self._guarded, args=("finishing", tracker.finish), daemon=True)
-        thread.start()
-        thread.join(FINISH_SECONDS)
-        if thread.is_alive():
-            self._note(f"not everything had arrived after {FINISH_SECONDS} s")
-        elif self.read_held and (lost := self.held - self.read_held()):
+
+    def _finish(self) -> None:
+        self.tracker.finish()
+        # trackio only warns, in the worker's log, when its disk is full; but it can be asked what it has.
+        if self.read_held and (lost := self.held - self.read_held()):
             self._note(f"{len(lost):,} of {len(self.held):,} values did not arrive; the worker's log says why")
 
     def _untold(self, event: events.Event) -> list[events.Event]:
@@ -68,16 +67,22 @@ class Tracking:
         try:
             act()
         except Exception as error:  # whatever it is, network or disk or the tracker itself: the training goes on
-            self.is_on, self.tracker = False, None
-            self._note(
-                f"{doing} failed: {type(error).__name__}: {' '.join(str(error).split())}; tracking is off from here"
-            )
+            self.is_on = False
+            reason = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._note(f"{doing} failed: {reason}; tracking is off from here")
 
     def _note(self, text: str) -> None:
         name = self.run.config().tracker
         events.append(
             self.run.events_path, events.Note(text=f"tracker {name}: {text}. The run's own record is complete")
         )
+
+
+def without_secrets(text: str) -> str:
+    """A server's error may quote the key, or an address with name and password in it."""
+    for secret in filter(None, map(os.environ.get, SECRETS)):
+        text = text.replace(secret, "***")
+    return re.sub(r"//[^/\s]+@", "//***@", text)
 
 
 def values_of(event: events.Event) -> dict[str, float]:
@@ -106,7 +111,7 @@ Opened = tuple[GeneralTracker, Held, Callable[[], Held] | None]
 
 def _open_tensorboard(run: Run) -> Opened:
     """Below `<run>/tensorboard`. An earlier attempt's values are purged (`purge_step`), and the history written again."""
-    tracker = TensorBoardTracker(".", run.path / "tensorboard", purge_step=0)
+    tracker = TensorBoardTracker("tensorboard", run.path, purge_step=0)
     tracker.start()
     from torch.utils.tensorboard.summary import hparams
 
@@ -148,6 +153,7 @@ def _open_wandb(run: Run) -> Opened:
         "x_disable_machine_info": True,
         "x_disable_stats": True,
         "x_save_requirements": False,
+        "host": "qlora-lab",
     }
     tracker = WandBTracker(
         run.config().tracker_project,
@@ -157,7 +163,15 @@ def _open_wandb(run: Run) -> Opened:
         config=hyperparameters(run),
         resume="allow",
         allow_val_change=True,
-        settings=wandb.Settings(console="off", disable_git=True, save_code=False, **private),
+        settings=wandb.Settings(
+            console="off",
+            disable_git=True,
+            save_code=False,
+            init_timeout=PATIENCE_SECONDS,
+            finish_timeout=PATIENCE_SECONDS,
+            finish_timeout_raises=True,
+            **private,
+        ),
     )
     tracker.start()
     # Its server cannot be asked when offline. What earlier attempts said has been told; it takes no step twice itself.
