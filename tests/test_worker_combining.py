@@ -149,6 +149,8 @@ def test_methods_that_prune(parts: list[Run], method: str) -> None:
     rank = 80 if method == "ties_svd" else None
     run = combined(parts, 0.6, 0.4, method=method, density=0.6, rank=rank)
     found = updates(run)
+    if rank:  # what is left of an update after pruning has every direction, and so many ranks hold them all
+        assert all(torch.linalg.matrix_rank(update, rtol=1e-4) > 50 for update in found.values() if len(update) >= 64)
     again = updates(combined(parts, 0.6, 0.4, method=method, density=0.6, rank=rank))
     assert all(torch.equal(found[name], again[name]) for name in found)
     exact = weighted_sum(parts, 0.6, 0.4)
@@ -287,6 +289,6 @@ def test_a_sum_that_is_no_number_ends_with_a_reason(tmp_path: Path) -> None:
 def test_orthogonal_start_and_odd_rank(tmp_path: Path) -> None:
     """PEFT would start the new adapter as the first part did, which refuses odd ranks."""
     runs = [trained(tmp_path, init_lora_weights="orthogonal", seed=seed, rank=4) for seed in (1, 2)]
-    assert combined(runs, 1, 1, rank=3).config() == replace(
+    assert combined(runs, 1, 1, method="magnitude_prune_svd", density=0.9, rank=3).config() == replace(
         runs[0].config(), name="sum", rank=3, lora_alpha=3.0, init_lora_weights="default"
     )

@@ -98,6 +98,7 @@ class Combination(Training):
             COMBINED,
             combination_type="cat" if method == "svd" else method,
             density=self.combination["density"],
+            svd_rank=self.config.rank,
             svd_full_matrices=False,
         )
         self.model.set_adapter(COMBINED, inference_mode=True)
