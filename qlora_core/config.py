@@ -43,6 +43,12 @@ class TrainConfig:
     skip_bad_rows: bool = _option(
         False, "train without the rows that have problems (they are listed) instead of refusing", group="data"
     )
+    dataset_license: str | None = _option(
+        None,
+        "licence of the training rows by its SPDX id, such as cc-by-4.0; stays with the run",
+        optional=True,
+        group="data",
+    )
     max_seq_length: int = _option(
         512, "tokens a row may have; longer rows are cut", least=8, most=131_072, group="data"
     )

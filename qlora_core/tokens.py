@@ -3,6 +3,7 @@
 Must not import torch: the web process renders too, with the tokenizer as `PreTrainedTokenizerFast`.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -31,6 +32,9 @@ ALPACA = (
     "{% else %}{{ '\\n\\n' }}{{ message.content }}{% endif %}"
     "{% endfor %}"
 )
+
+# transformers imports its parts when they are named, and two threads of the page naming one at once make it fail.
+_IMPORTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class RenderedExample:
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, as the fast tokenizer its tokenizer.json describes. Raises ModelError."""
-    from transformers import PreTrainedTokenizerFast
+    with _IMPORTING:
+        from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
         raise ModelError(

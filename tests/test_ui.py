@@ -341,7 +341,7 @@ def test_the_form_as_it_opens_is_the_example(train):
 
 
 def test_all_problems_stand_beside_start_and_mark_their_fields(train):
-    _, command, problems, _ = train.check(example(), *values_of(train, rank=0, learning_rate=None, lora_alpha="x"))
+    _, command, problems, *_ = train.check(example(), *values_of(train, rank=0, learning_rate=None, lora_alpha="x"))
     assert all(name in problems for name in ("rank is 0", "learning_rate is empty", "lora_alpha is &#x27;x&#x27;"))
     assert "#field-rank" in problems and "#field-lora_alpha" in problems and command == ""
     assert train.check(example(), *values_of(train))[2] == ""

@@ -8,6 +8,7 @@ import gradio as gr
 
 from qlora_core.charts import LENGTHS_HEIGHT, length_histogram
 from qlora_core.data.inspection import DatasetReport, inspect
+from qlora_core.data.sample import SAMPLED_ROWS, UNCUT
 from qlora_core.errors import LabError
 from qlora_core.settings import Settings
 from qlora_core.ui import preview
@@ -169,7 +170,7 @@ class DataTab:
     def show_row(self, chosen: Chosen, row: int, base_model: str, max_seq_length: float) -> tuple[str, str]:
         if not chosen.path:
             return _waiting("Choose a dataset, and its rows appear here as the model will read them."), _hint("")
-        rows = min(chosen.rows, preview.SAMPLED_ROWS)
+        rows = min(chosen.rows, SAMPLED_ROWS)
         place = f"Row {row:,} of {chosen.rows:,}"
         if chosen.rows > rows:
             place += f"; the first {rows:,} can be seen here"
@@ -205,7 +206,7 @@ class DataTab:
 
 def turn(chosen: Chosen, row: int, by: int) -> int:
     """The next or previous row, going round at the ends."""
-    rows = max(1, min(chosen.rows, preview.SAMPLED_ROWS))
+    rows = max(1, min(chosen.rows, SAMPLED_ROWS))
     return (row - 1 + by) % rows + 1
 
 
@@ -257,7 +258,7 @@ def _use(chosen: Chosen, blocked: bool) -> gr.Button:
 
 def _cut(value: float | None) -> int:
     """The form's row length while a person may still be typing it."""
-    return max(1, int(value)) if value else preview.UNCUT
+    return max(1, int(value)) if value else UNCUT
 
 
 def _hint(text: str) -> str:

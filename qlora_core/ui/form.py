@@ -1,5 +1,6 @@
 """The Train form as data: fields of TrainConfig <-> values of components <-> the equal command line. Builds no page."""
 
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,8 @@ from typing import Any
 import gradio as gr
 
 from qlora_core.config import TARGET_PRESETS, TrainConfig
-from qlora_core.errors import ConfigError
+from qlora_core.errors import ConfigError, LabError
+from qlora_core.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE_CONFIG = EXAMPLES / "qlora.yaml"
@@ -35,6 +37,7 @@ LABELS = {
     "num_epochs": "Epochs",
     "max_steps": "Steps",
     "name": "Name of the run",
+    "dataset_license": "Licence of the dataset",
     "max_seq_length": "Longest row, tokens",
     "eval_fraction": "Held-out share",
     "lora_alpha": "LoRA alpha",
@@ -62,6 +65,20 @@ STEPS = {"learning_rate": 0.0001, "warmup_fraction": 0.01, "eval_fraction": 0.05
 def example_config() -> TrainConfig:
     """The recommended, working choice that the page opens with."""
     return TrainConfig.from_yaml(EXAMPLE_CONFIG)
+
+
+def bases(settings: Settings) -> list[tuple[str, str]]:
+    """(label, value) of base models to choose: the bundled one, and the merged models of runs, newest first."""
+    found = [*CHOICE_LABELS["base_model"]]
+    for path in sorted(settings.runs.glob("*/merged-*/config.json"), reverse=True):
+        try:
+            name = TrainConfig.from_json_file(path.parents[1] / "config.json").run_name()
+            quantised = "quantization_config" in json.loads(path.read_text())
+        except (LabError, OSError, ValueError):  # of another version, or being written or deleted just now
+            continue
+        if not quantised:  # an export in 4 bits is no base to train on
+            found.append((f"{name}, merged onto the {path.parent.name.split('-')[1]} base", str(path.parent)))
+    return found
 
 
 def component(name: str, value: Any) -> gr.components.Component:

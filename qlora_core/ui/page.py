@@ -30,7 +30,7 @@ def build_app(settings: Settings) -> gr.Blocks:
         with gr.Tabs(selected=DATA, elem_id="tabs") as tabs:
             with gr.Tab("Data", id=DATA):
                 data = DataTab(settings)
-            with gr.Tab("Train", id=TRAIN):
+            with gr.Tab("Train", id=TRAIN) as train_tab:
                 train = TrainTab(settings)
             with gr.Tab("Runs", id=RUNS):
                 runs = RunsTab(settings, status)
@@ -38,6 +38,7 @@ def build_app(settings: Settings) -> gr.Blocks:
                 publish = PublishTab(settings)
         picked = data.connect(train.fields["base_model"], train.fields["max_seq_length"], HIDDEN)
         train.connect(data.chosen, picked, HIDDEN)
+        train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
         runs.connect(HIDDEN)
         publish.connect(HIDDEN)
         _connect_tabs(tabs, publish_tab, data, train, runs, publish)

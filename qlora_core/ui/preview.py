@@ -7,26 +7,20 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from httpx2 import HTTPError
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-
-from qlora_core import models
+from qlora_core import architecture, models
 from qlora_core.data.rows import Example, read_rows
+from qlora_core.data.sample import SAMPLED_ROWS, RowFacts, sample
 from qlora_core.errors import DatasetError, ModelError
 from qlora_core.settings import Settings
 from qlora_core.tokens import RenderedExample, load_tokenizer, render
 from qlora_core.ui.words import counted, esc
 
-SAMPLED_ROWS = 2000
 SHOWN_TOKENS = 1500
-UNCUT = 10**9
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja"]
 
 
@@ -61,23 +55,12 @@ def warm_up(settings: Settings) -> None:
     """Import and load what the first preview needs; seconds that nobody then waits for."""
     with contextlib.suppress(ModelError):
         load_tokenizer(models.resolve(models.BUNDLED, settings).folder)
+        architecture.read(models.BUNDLED, settings)
 
 
 def tokenizer_folder(base_model: str, settings: Settings) -> Path:
-    """Where the tokenizer lies. Of a model on the Hub only its tokenizer is fetched; Start fetches the weights.
-
-    Raises ModelError.
-    """
-    if base_model == models.BUNDLED or (base_model and Path(base_model).expanduser().is_dir()):
-        return models.resolve(base_model, settings).folder
-    repo_id, _, revision = (base_model or "").partition("@")
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=TOKENIZER_FILES, token=False))
-    except (ValueError, OSError, HfHubHTTPError, HTTPError) as error:
-        raise ModelError(
-            f"base model {base_model!r}: its tokenizer could not be fetched from the Hub ({type(error).__name__}), so "
-            "rows cannot be shown; check the spelling and the connection, or use 'bundled'"
-        ) from None
+    """Where the tokenizer lies. Of a model on the Hub only its tokenizer is fetched. Raises ModelError."""
+    return architecture.files_of(base_model or "", TOKENIZER_FILES, settings, what="tokenizer")
 
 
 def safe_name(name: str) -> str:
@@ -90,43 +73,28 @@ def examples(path: Path, settings: Settings) -> Iterator[Example]:
     return (row for row in read_rows(path, max_row_bytes=settings.max_row_bytes) if isinstance(row, Example))
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Of each sampled row its tokens, and the position of its first token that is trained on (None: there is none).
-
-    `refused` are the problems of rows that the model's template refuses.
-    """
-
-    tokens: tuple[int, ...]
-    first_supervised: tuple[int | None, ...]
-    refused: tuple[str, ...]
-
-    def cut(self, max_seq_length: int) -> int:
-        return sum(length > max_seq_length for length in self.tokens)
-
-    def without_response(self, max_seq_length: int) -> int:
-        """Rows of which the cut leaves nothing to train on."""
-        return sum(first is None or first >= max_seq_length for first in self.first_supervised)
-
-
-def lengths(path: Path, base_model: str, settings: Settings) -> Lengths:
-    """Token lengths of the first SAMPLED_ROWS usable rows. Raises DatasetError, ModelError."""
+def lengths(path: Path, base_model: str, settings: Settings) -> RowFacts:
+    """Token lengths and more of the first SAMPLED_ROWS usable rows. Raises DatasetError, ModelError."""
     folder = tokenizer_folder(base_model, settings)
     return _lengths(path, path.stat().st_mtime_ns, folder, settings)
 
 
 @lru_cache(maxsize=16)
-def _lengths(path: Path, _changed: int, folder: Path, settings: Settings) -> Lengths:
-    tokenizer, tokens, first, refused = load_tokenizer(folder), [], [], []
-    for example in islice(examples(path, settings), SAMPLED_ROWS):
-        try:
-            rendered = render(example, tokenizer, max_seq_length=UNCUT)
-        except DatasetError as error:
-            refused.extend(error.problems)
-            continue
-        tokens.append(len(rendered.token_ids))
-        first.append(next((i for i, on in enumerate(rendered.supervised) if on and i), None))
-    return Lengths(tuple(tokens), tuple(first), tuple(refused))
+def _lengths(path: Path, _changed: int, folder: Path, settings: Settings) -> RowFacts:
+    return sample(examples(path, settings), load_tokenizer(folder))
+
+
+def shared_rows(path: Path, eval_path: Path, settings: Settings) -> tuple[int, int]:
+    """(evaluation rows, how many of them are training rows too), over both whole files. Raises DatasetError."""
+    return _shared_rows(path, eval_path, (path.stat().st_mtime_ns, eval_path.stat().st_mtime_ns), settings)
+
+
+@lru_cache(maxsize=16)
+def _shared_rows(path: Path, eval_path: Path, _changed: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    evaluation = [example.digest()[:8] for example in examples(eval_path, settings)]
+    asked = set(evaluation)
+    trained = {digest for example in examples(path, settings) if (digest := example.digest()[:8]) in asked}
+    return len(evaluation), sum(digest in trained for digest in evaluation)
 
 
 def row_html(path: Path, number: int, *, base_model: str, max_seq_length: int, settings: Settings) -> str:
@@ -176,7 +144,7 @@ def _caption(rendered: RenderedExample) -> str:
     return f'<div class="lab-caption"><span>{esc(" · ".join(parts))}</span>{legend}{alarm}</div>'
 
 
-def lengths_sentence(found: Lengths, *, rows: int, max_seq_length: int) -> str:
+def lengths_sentence(found: RowFacts, *, rows: int, max_seq_length: int) -> str:
     """ "4 rows (1.7 %) would be cut", and what else a person should know before Start."""
     if not found.tokens:
         return ""

@@ -1,29 +1,36 @@
-"""The Train tab: a filled form, the equal command line, every problem beside Start, and Start."""
+"""The Train tab: a filled form; beside it Start, every problem and finding, the recommendation, and the equal command line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from qlora_core import queue
+from qlora_core import queue, targets
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, LabError
+from qlora_core.planner.findings import STOP, findings
+from qlora_core.planner.recommendation import recommend
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
-from qlora_core.ui import form
+from qlora_core.ui import advice, form, saved_settings
+from qlora_core.ui.advice import Advice, Looked
 from qlora_core.ui.data_tab import Chosen
 from qlora_core.ui.words import METHOD_NAMES, counted, esc, problems_panel
 
-NO_PLAN = (
-    '<div class="lab-card"><h3>Not ready to start</h3><p class="lab-hint">What is missing stands below Start.</p></div>'
-)
+LOOKING = "Looking at the rows and at the model’s layers …"
+# As high as what the card ever holds, so that it does not grow.
+CARD = '<div class="lab-card" style="min-height:160px">'
+NO_PLAN = f'{CARD}<h3>Not ready to start</h3><p class="lab-hint">What is missing stands below Start.</p></div>'
+# As high as the findings, which it stands in for.
+PROBLEMS_CSS = ".lab-problems { min-height: 196px; }"
 
 
 class TrainTab:
     """Builds the form from TrainConfig's metadata. `fields` maps each field to its component."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.advice = settings, Advice(settings)
         self.fields: dict[str, gr.components.Component] = {}
         config = form.example_config()
         with gr.Row():
@@ -35,18 +42,33 @@ class TrainTab:
                 with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                     self._advanced(config)
             with gr.Column(scale=2, min_width=300, elem_classes="lab-sticky"):
-                self.plan = gr.HTML(plan_html(config, 0), min_height=112, elem_id="plan")
-                self.start = gr.Button("Start", variant="primary", elem_id="start")
-                self.problems = gr.HTML("", elem_id="train-problems")
-                self.command = gr.Textbox(
-                    form.command_line(config),
-                    label="The same on the command line",
-                    lines=9,
-                    max_lines=24,
-                    buttons=["copy"],
-                    elem_classes="lab-code",
-                    elem_id="command",
-                )
+                self._beside(config)
+
+    def _beside(self, config: TrainConfig) -> None:
+        self.plan = gr.HTML(plan_html(config, 0, None), min_height=164, elem_id="plan")
+        self.start = gr.Button("Start", variant="primary", elem_id="start")
+        self.problems = gr.HTML("", css_template=PROBLEMS_CSS, elem_id="train-problems")
+        self.findings = gr.HTML(
+            advice.waiting_html(LOOKING), css_template=advice.FINDINGS_CSS, js_on_load=advice.REMEDY, elem_id="findings"
+        )
+        self.recommend = gr.Button("Recommended for this dataset and device", size="md", elem_id="recommend")
+        self.reasons = gr.HTML("", css_template=advice.REASONS_CSS, elem_id="reasons")
+        self.command = gr.Textbox(
+            form.command_line(config),
+            label="The same on the command line",
+            lines=9,
+            max_lines=24,
+            buttons=["copy"],
+            elem_classes="lab-code",
+            elem_id="command",
+        )
+        with gr.Row():
+            self.save = gr.Button("Save settings (YAML)", size="md", min_width=130, elem_id="save-settings")
+            self.load = gr.UploadButton(
+                "Load settings", file_types=[".yaml", ".yml"], size="md", min_width=130, elem_id="load-settings"
+            )
+        self.saved = gr.Textbox("", visible="hidden", label="saved settings", elem_id="saved-settings")
+        self.loaded = gr.HTML("", elem_id="loaded-settings")
 
     def _simple(self, config: TrainConfig) -> None:
         self._add("base_model", config)
@@ -76,25 +98,95 @@ class TrainTab:
 
     def connect(self, chosen: gr.State, picked: list[gr.events.Dependency], hidden: dict[str, Any]) -> None:
         """Wire the form; `picked` are the events after which another dataset is chosen."""
-        watched = [self.plan, self.command, self.problems, self.dataset]
+        form_now = [chosen, *self.inputs]
+        watched = [self.plan, self.command, self.problems, self.dataset, self.findings]
         gr.on(
             [component.change for component in self.inputs] + [chosen.change],
             self.check,
-            [chosen, *self.inputs],
+            form_now,
             watched,
             trigger_mode="always_last",
             **hidden,
         )
+        base = self.fields["base_model"]
+        gr.on([base.change, chosen.change], self.look, [chosen, base], None, trigger_mode="always_last", **hidden).then(
+            self.check, form_now, watched, **hidden
+        )
         for event in picked:
-            event.then(self.settle, [chosen, *self.inputs], self.inputs, **hidden)
+            event.then(self.settle, form_now, self.inputs, **hidden)
+        self.findings.select(self.apply, None, self.inputs, **hidden)
+        self.recommend.click(self.recommended, form_now, [self.reasons, *self.inputs], **hidden)
+        self.save.click(self.save_settings, form_now, [self.saved, self.loaded], **hidden).then(
+            None, self.saved, None, js=saved_settings.DOWNLOAD, **hidden
+        )
+        self.load.upload(self.load_settings, self.load, [self.loaded, chosen, *self.inputs], **hidden)
 
-    def check(self, chosen: Chosen, *values: Any) -> tuple[str, Any, str, str]:
-        """(plan, command line, problems, dataset line) for what the form says now."""
+    def bases(self) -> gr.Dropdown:
+        """The models that can be the base of a run now: merged ones come while the page is open."""
+        return gr.Dropdown(choices=form.bases(self.settings))
+
+    def look(self, chosen: Chosen, base_model: str) -> None:
+        """Find out what the next check wants to know."""
+        self.advice.look(chosen, base_model)
+
+    def check(self, chosen: Chosen, *values: Any) -> tuple[str, Any, str, str, str]:
+        """(plan, command line, problems, dataset line, findings) for what the form says now."""
+        dataset = dataset_html(chosen)
         try:
             config = self._config(chosen, values)
+            looked = self.advice.known(chosen, config.base_model)
+            layers = layers_text(config, looked)
         except ConfigError as error:
-            return NO_PLAN, "", marked_problems(error.problems), dataset_html(chosen)
-        return plan_html(config, chosen.rows), form.command_line(config), "", dataset_html(chosen)
+            return NO_PLAN, "", marked_problems(error.problems), dataset, ""
+        told = advice.waiting_html(LOOKING)
+        if looked:
+            told = advice.findings_html(findings(self.advice.facts(config, chosen, looked)))
+        return plan_html(config, chosen.rows, layers), form.command_line(config), "", dataset, told
+
+    def apply(self, event: gr.EventData) -> list[Any]:
+        """The form with the remedy whose button was clicked."""
+        remedy = json.loads(str(event.remedy))
+        return self._with({name: value for name, value in remedy.items() if name in form.SPECS})
+
+    def recommended(self, chosen: Chosen, *values: Any) -> list[Any]:
+        """(reasons, form): what we would choose for this dataset and device."""
+        base_model = dict(zip(form.SPECS, values, strict=True))["base_model"]
+        try:
+            if problem := chosen.problem():
+                raise ConfigError(problem)
+            looked = self.advice.look(chosen, base_model)
+            try:
+                before = self._config(chosen, values)
+            except ConfigError:  # a form with mistakes is filled too
+                before = TrainConfig(base_model=base_model, **chosen.config_fields())
+            found = recommend(self.advice.facts(before, chosen, looked))
+        except LabError as error:
+            return [problems_panel(error.problems, title="Nothing to recommend yet"), *self._with({})]
+        return [advice.reasons_html(found, before), *self._with(found.values())]
+
+    def _with(self, changed: dict[str, Any]) -> list[Any]:
+        return [form.to_form(name, changed[name]) if name in changed else gr.skip() for name in form.SPECS]
+
+    def save_settings(self, chosen: Chosen, *values: Any) -> tuple[str, str]:
+        """(file for the browser, problems)."""
+        try:
+            return saved_settings.save(self._config(chosen, values)), ""
+        except ConfigError as error:
+            return "", problems_panel(error.problems, title="Not saved: these settings cannot run yet")
+
+    def load_settings(self, file: str) -> list[Any]:
+        """(what is told, dataset, form) of an uploaded YAML; the form stays as it is where it cannot be read."""
+        try:
+            loaded = saved_settings.load(Path(file), self.settings)
+        except ConfigError as error:
+            panel = problems_panel(error.problems, title="These settings were not loaded")
+            return [panel, gr.skip(), *(gr.skip() for _ in self.inputs)]
+        told = f"Loaded {Path(file).name}" + "".join(f"; {text}" for text in loaded.told)
+        return [
+            f'<p class="lab-hint" role="status">{esc(told)}.</p>',
+            loaded.chosen or gr.skip(),
+            *self.fill(loaded.config),
+        ]
 
     def settle(self, chosen: Chosen, *values: Any) -> list[Any]:
         """After another dataset: the recommended values of the example, or of any data, where nothing was changed."""
@@ -110,9 +202,19 @@ class TrainTab:
         """(problems, run): queue a run and start it when its device is free."""
         try:
             config = self._config(chosen, values)
+            self._refuse_what_stops(config, chosen)
             return "", start_run(config, self.settings)
         except LabError as error:
             return marked_problems(error.problems), None
+
+    def _refuse_what_stops(self, config: TrainConfig, chosen: Chosen) -> None:
+        """Raises ConfigError with every finding that must be mended first."""
+        looked = self.advice.known(chosen, config.base_model) or self.advice.look(chosen, config.base_model)
+        layers_text(config, looked)
+        facts = self.advice.facts(config, chosen, looked)
+        stops = [f"{finding.title}. {finding.why}" for finding in findings(facts) if finding.severity == STOP]
+        if stops:
+            raise ConfigError(*stops)
 
     def fill(self, config: TrainConfig) -> list[Any]:
         """The form's values for a config, in the order of `inputs`."""
@@ -141,9 +243,20 @@ def marked_problems(problems: tuple[str, ...]) -> str:
     return problems_panel(problems) + (f"<style>{frames}</style>" if frames else "")
 
 
-def plan_html(config: TrainConfig, rows: int) -> str:
-    """What Start will do, in two sentences."""
+def layers_text(config: TrainConfig, looked: Looked | None) -> str:
+    """Which layers get an adapter, and how many weights. Raises ConfigError where none does."""
+    if looked is None:
+        return "Reading the model’s layers …"
+    if looked.architecture is None:
+        return looked.problem or "The model’s layers are not known."
+    return f"Adapter on {targets.sentence(looked.architecture, config)}"
+
+
+def plan_html(config: TrainConfig, rows: int, layers: str | None) -> str:
+    """What Start will do: method and base, steps, and which layers learn."""
     base = config.base_model if config.base_model != "bundled" else "the bundled model"
+    if Path(base).is_absolute():
+        base = Path(base).name
     sentence = f"{METHOD_NAMES[config.method]}, rank {config.rank}, on {esc(base)}"
     if rows or config.max_steps:
         train_rows = rows if config.eval_data else rows - max(1, round(rows * config.eval_fraction))
@@ -152,9 +265,9 @@ def plan_html(config: TrainConfig, rows: int) -> str:
     else:
         detail = f"{config.num_epochs:g} epochs"
     return (
-        f'<div class="lab-card"><h3><span class="lab-method lab-method-{config.method}">{sentence}</span></h3>'
-        f'<p class="lab-hint">{esc(detail)}; learning rate {config.learning_rate:g}; '
-        "Start queues the run and shows it.</p></div>"
+        f'{CARD}<h3><span class="lab-method lab-method-{config.method}">{sentence}</span></h3>'
+        f'<p class="lab-hint">{esc(detail)}; learning rate {config.learning_rate:g}; Start queues the run and shows it.</p>'
+        f'<p class="lab-hint" style="margin-top:8px">{esc(layers or "")}</p></div>'
     )
 
 

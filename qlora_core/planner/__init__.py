@@ -1,0 +1,1 @@
+"""What stands beside Start: findings and a recommendation, from facts alone. No file, no GPU, no page."""

@@ -1,0 +1,116 @@
+"""What is known of a run before it starts, and the rules of thumb that findings and recommendation share. Plain values only."""
+
+import math
+from dataclasses import dataclass
+
+from qlora_core import targets
+from qlora_core.config import TrainConfig
+from qlora_core.data.sample import RowFacts
+from qlora_core.errors import ConfigError
+from qlora_core.targets import Architecture
+
+GIB = 1024**3
+# Rank for up to so many training rows.
+RANKS = ((5_000, 8), (50_000, 16), (200_000, 32), (math.inf, 64))
+# 4 bits, and double-quantised constants (QLoRA paper, measured).
+NF4_BYTES = 4.127 / 8
+# An adapter's weight in fp32, its gradient, and the two states of AdamW.
+BYTES_A_TRAINABLE = 16
+PASS_TOKENS = {True: 8192, False: 1024}  # the worker's own token budgets: on a GPU, on a CPU
+LIBRARIES_BYTES = GIB  # torch and its device's context, whatever the model
+USABLE = 0.9  # of a memory: the rest is the driver's, fragments, other processes
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the run would train on; memory is the whole card's, or of a CPU what the host has free."""
+
+    name: str
+    memory_bytes: int
+    is_gpu: bool
+    has_bf16: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a run before it starts; None where it is not known (yet)."""
+
+    config: TrainConfig
+    device: Device
+    train_rows: int
+    eval_rows: int
+    free_disk_bytes: int
+    eval_rows_also_trained: int = 0
+    rows: RowFacts | None = None
+    architecture: Architecture | None = None
+    positions: int | None = None
+
+    @property
+    def targeted(self) -> list[targets.Layer]:
+        """Layers with an adapter; empty where they are unknown or cannot be."""
+        try:
+            return targets.resolve(self.architecture.layers, self.config.target_modules) if self.architecture else []
+        except ConfigError:
+            return []
+
+    @property
+    def trainable(self) -> int:
+        return targets.trainable_parameters(self.targeted, self.config)
+
+    @property
+    def epochs(self) -> float:
+        if self.config.max_steps is None:
+            return self.config.num_epochs
+        return self.config.max_steps * self.config.rows_per_step / max(1, self.train_rows)
+
+    @property
+    def of_rows(self) -> str:
+        """How a sentence on a sample begins."""
+        whole = self.rows is None or len(self.rows.lines) + len(self.rows.refused) >= self.train_rows
+        return "" if whole else f"Of the first {len(self.rows.lines):,} rows looked at: "
+
+
+def rank_for(rows: int) -> int:
+    return next(rank for most, rank in RANKS if rows < most)
+
+
+def learning_rate_for(architecture: Architecture | None) -> tuple[float, str]:
+    """(peak learning rate, why). Large models: table 9 of the QLoRA paper (https://arxiv.org/abs/2305.14314)."""
+    billions = architecture.parameters / 1e9 if architecture else 7
+    if billions >= 30:
+        return 1e-4, "what the QLoRA paper used at 33B and 65B"
+    if billions >= 1:
+        return 2e-4, "what the QLoRA paper used up to 13B"
+    return 1e-3, "a model below 1B bears more; measured on the bundled one"
+
+
+def length_for(rows: RowFacts, positions: int | None) -> int:
+    """Row length that holds the longest row, or 99 % of them where the longest is far longer; a multiple of 64."""
+    longest, most = max(rows.tokens), rows.length_at(0.99)
+    wanted = longest if longest <= 1.5 * most else most
+    return min(max(64, -(-wanted // 64) * 64), positions or 131_072, 131_072)
+
+
+def rough_bytes(facts: Facts) -> int:
+    """A rule of thumb, within some tens of per cent, for the peak of the largest pass.
+
+    Activations: 34 bytes a token, layer and hidden unit (https://arxiv.org/abs/2205.05198 without attention matrices, which
+    are never stored; 31 GiB measured at 8,192 tokens on the Llama-3-8B shape), or 2 where they are recomputed.
+    """
+    shape, config = facts.architecture, facts.config
+    bytes_a_weight = 2 if facts.device.has_bf16 or facts.device.is_gpu else 4
+    quantised = shape.quantised_parameters if config.method == "qlora" else 0
+    weights = (shape.parameters - quantised) * bytes_a_weight + quantised * NF4_BYTES
+    longest = min(max(facts.rows.tokens, default=512) if facts.rows else 512, config.max_seq_length)
+    typical = facts.rows.length_at(0.9) if facts.rows else 512
+    budget = config.token_budget or PASS_TOKENS[facts.device.is_gpu]
+    tokens = max(longest, min(budget, config.rows_per_step * min(typical, longest)))
+    a_layer = 34 * shape.hidden_size * tokens
+    stored = 2 * shape.hidden_size * shape.layer_count * tokens + a_layer
+    activations = stored if config.activation_checkpointing else a_layer * shape.layer_count
+    logits = 10 * shape.vocabulary * tokens * 0.5  # about half of the tokens are learnt, and only theirs are made
+    return round(LIBRARIES_BYTES + weights + BYTES_A_TRAINABLE * facts.trainable + activations + logits)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
