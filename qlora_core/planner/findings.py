@@ -54,7 +54,7 @@ def _adapter(facts: Facts) -> list[Finding]:
     scale = config.adapter_scale
     if not 1 <= scale <= 2:
         root = config.use_rslora
-        alpha = round(2 * math.sqrt(config.rank), 1) if root else 2.0 * config.rank
+        alpha = math.floor(20 * math.sqrt(config.rank)) / 10 if root else 2.0 * config.rank
         divisor = f"√{config.rank}" if root else f"{config.rank}"
         found.append(Finding(
             NOTE if config.lora_alpha is None else WARN, f"The update is scaled by {scale:.3g}",
@@ -163,7 +163,7 @@ def _marks(facts: Facts) -> list[Finding]:
         title = f"{len(marks)} prompt templates are mixed in the rows"
         why = f"{kinds}. The model would learn several ways to begin and end at once, inside its own template."
     else:
-        title = f"{counted(len(lines), 'row')} carry a chat template already"
+        title = f"{counted(len(lines), 'row')} with marks of a chat template"
         why = f"{kinds}. Each row is put into the model's own template, so it would be wrapped twice."
     remove = " Remove the marks from the text, or split it into messages."
     return [Finding(WARN, title, f"{facts.of_rows}{why} {_lines(lines)}.{remove}")]

@@ -47,6 +47,7 @@ def recommend(facts: Facts) -> Recommendation:
         Change("learning_rate", rate, why),
         Change("target_modules", "all-linear", "adapting every linear layer comes closest to full fine-tuning (QLoRA paper)"),
         Change("lora_dropout", 0.0, "an adapter is small already, and passes are fastest without it"),
+        Change("init_lora_weights", "default", "the plain start serves both methods"),
         Change("compute_dtype", "auto", "bf16 where the device has it"),
     ]  # fmt: skip
     remarks = []
