@@ -257,7 +257,8 @@ def test_what_is_recommended_leaves_nothing_to_warn_of(train_rows, architecture,
     """Whatever was in the form before."""
     wrong = {
         "rank": 512, "lora_alpha": 7, "lora_dropout": 0.4, "target_modules": ("k_proj",), "learning_rate": 0.05,
-        "num_epochs": 50, "max_seq_length": 20, "compute_dtype": "fp32", "use_rslora": True, "method": "lora", "init_lora_weights": "pissa",
+        "num_epochs": 50, "max_seq_length": 20, "compute_dtype": "fp32", "use_rslora": True,
+        "method": "lora", "init_lora_weights": "pissa",
     }  # fmt: skip
     rows = rows_of(*[300] * min(train_rows, 2000))
     known = facts(device=device, train_rows=train_rows, architecture=architecture, rows=rows, **wrong)

@@ -99,9 +99,7 @@ def _for_lengths(facts: Facts) -> list[Change]:
 def _with_method(facts: Facts, changes: list[Change], remarks: list[str]) -> Recommendation:
     """The first of LoRA, QLoRA that fits the memory, with activations kept where they fit too."""
     device, shape = facts.device, facts.architecture
-    chosen = config.replace(
-        facts.config, **{change.field: change.value for change in changes}, init_lora_weights="default"
-    )
+    chosen = config.replace(facts.config, **{change.field: change.value for change in changes})
     usable = USABLE * device.memory_bytes
     for method in ("lora", "qlora"):
         for recompute in (False, True):
