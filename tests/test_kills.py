@@ -48,14 +48,15 @@ class Killer:
         aim = newest + self.chance.randint(1, (STEPS - newest) // (KILLS + 1 - len(self.at_step)) + 1)
         delay_seconds = self.chance.uniform(0, 0.15)
         wait_for(lambda: self.step() >= aim or self.run.status().state != RUNNING, seconds=120)
+        assert self.run.status().state == RUNNING, self.run.log_tail()
+        worker = int((self.run.path / "lock").read_text())
         if while_writing:
             until = time.monotonic() + 10
             while not self.partial_checkpoints() and time.monotonic() < until:
                 pass  # a checkpoint takes milliseconds: looking less often would miss it
         else:
             threading.Event().wait(delay_seconds)
-        assert self.run.status().state == RUNNING, self.run.log_tail()
-        os.kill(int((self.run.path / "lock").read_text()), signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         wait_for(lambda: self.run.status().state == CRASHED)
         self.half_written += bool(self.partial_checkpoints())
         self.at_step.append(self.step())
