@@ -36,7 +36,8 @@ FINDINGS_CSS = """
 .finding { padding: 10px 14px; border-bottom: 1px solid var(--border-color-primary); border-left: 4px solid var(--tone); }
 .finding:last-child { border-bottom: 0; }
 .finding h4 { margin: 0; font-size: .95rem; line-height: 1.35; overflow-wrap: anywhere; }
-.finding .word { color: var(--tone); margin-right: 6px; white-space: nowrap; }
+.finding .word, .finding .word span { color: var(--tone) !important; }
+.finding .word { margin-right: 6px; white-space: nowrap; }
 .finding p { margin: 3px 0 0; font-size: .87rem; color: var(--muted); overflow-wrap: anywhere; }
 .finding button { margin-top: 7px; padding: 4px 12px; border: 1px solid var(--border-color-primary); border-radius: 7px;
   font-size: .85rem; font-weight: 600; cursor: pointer; color: var(--body-text-color); background: transparent; }
