@@ -33,7 +33,7 @@ def run_charts(history: Sequence[Event], *, method: str, revision: str) -> tuple
         figure.update_layout(uirevision=revision)
         # The whole run from the beginning: curves grow into the frame, and the frame does not move.
         figure.update_xaxes(
-            title=axis, range=[-0.02 * total, 1.02 * total], tickformat=",d", dtick=1 if total < 10 else None
+            title_text=axis, range=[-0.02 * total, 1.02 * total], tickformat=",d", dtick=1 if total < 10 else None
         )
         # A lone point is no line, and short runs show what is between the lines.
         if total <= 40 or len(shown) == 1:
@@ -97,7 +97,7 @@ def length_histogram(lengths: Sequence[int], *, cut_at: int) -> go.Figure:
     figure.add_histogram(
         x=list(lengths), nbinsx=40, marker={"color": NEUTRAL}, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"
     )
-    figure.update_xaxes(title="tokens a row", rangemode="tozero")
+    figure.update_xaxes(title_text="tokens a row", rangemode="tozero")
     if lengths and cut_at <= 1.5 * max(lengths):
         figure.add_vline(
             x=cut_at,

@@ -17,7 +17,7 @@ from qlora_core.runs import ACTIVE, Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.preview import safe_name
-from qlora_core.ui.words import METHOD_NAMES, empty, esc, facts, loss, problems_panel, size
+from qlora_core.ui.words import empty, esc, facts, loss, problems_panel, size
 
 ONTO = [
     ("the base as it was trained on: dequantised from 4 bits", "dequantized"),
@@ -27,6 +27,13 @@ WHY = {
     "dequantized": "The adapter learnt to correct the 4-bit weights, so this merge answers as the trained model did.",
     "original": "The weights are the better ones, but the adapter never saw them: answers may differ a little.",
     "lora": "LoRA trained on the original base, so the merge answers as the trained model did.",
+}
+
+EXPORTS = [("16-bit", "16bit"), ("NF4, 4-bit", "nf4")]
+ABOUT = {
+    "16bit": "As large as the base in 16 bits; loads anywhere, and can be the base model of a new run (Train, Base model).",
+    "nf4": "About a quarter of the size; transformers loads it in 4 bits with bitsandbytes, and answers may differ a little. "
+    "It cannot be trained further: for that, merge in 16 bits.",
 }
 
 
@@ -55,30 +62,29 @@ class PublishTab:
                 self.adapter_file = gr.HTML("", min_height=44, elem_id="adapter-file")
             with gr.Column(min_width=300):
                 gr.HTML('<div class="lab-step">Merged model</div>')
-                gr.HTML('<p class="lab-hint">One model without an adapter, as large as the base in 16 bits.</p>')
+                gr.HTML('<p class="lab-hint">One model without an adapter.</p>')
                 self.onto = gr.Radio(ONTO, value="dequantized", label="Merge onto", elem_id="onto")
                 self.why = gr.HTML("")
+                self.export = gr.Radio(EXPORTS, value="16bit", label="Weights", elem_id="export")
+                self.about = gr.HTML(_hint(ABOUT["16bit"]), elem_id="export-about")
                 self.merge = gr.Button("Merge and download", elem_id="merge")
                 self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
 
     def connect(self, hidden: dict[str, Any]) -> None:
         shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file]
         self.run.change(self.show, self.run, shown, **hidden)
+        self.export.input(lambda export: _hint(ABOUT[export]), self.export, self.about, **hidden)
         self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
         self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(
             None, None, None, js=follow("adapter-file"), **hidden
         )
-        self.merge.click(self.merged, [self.run, self.onto], self.merged_file, **hidden).then(
+        self.merge.click(self.merged, [self.run, self.onto, self.export], self.merged_file, **hidden).then(
             None, None, None, js=follow("merged-file"), **hidden
         )
 
     def choices(self, current: str | None, looked_at: str | None = None) -> Any:
         """The Run dropdown: runs with an adapter, newest first; at first the one that was looked at in Runs."""
-        found = [
-            (f"{s.name} · {METHOD_NAMES[s.method]} r{s.rank} · {s.state} · {s.run_id[:15]}", s.run_id)
-            for s in run_view.statuses(self.settings)
-            if s.state not in ACTIVE and _has_adapter(Run(self.settings.runs / s.run_id, self.settings))
-        ]
+        found = run_view.with_adapter(run_view.statuses(self.settings), self.settings)
         ids = [run_id for _, run_id in found]
         wanted = [run_id for run_id in (looked_at, current, *ids) if run_id in ids]
         return gr.Dropdown(choices=found, value=next(iter(wanted), None))
@@ -110,7 +116,7 @@ class PublishTab:
         except LabError as error:
             return problems_panel(error.problems, title="No download")
 
-    def merged(self, run_id: str | None, onto: str) -> Iterator[str]:
+    def merged(self, run_id: str | None, onto: str, export: str = "16bit") -> Iterator[str]:
         """Merges in a thread, so that a person sees how long it has been going on."""
         told: list[Any] = ["starting the merge"]
         done = threading.Event()
@@ -119,7 +125,7 @@ class PublishTab:
             try:
                 run = RunStore(self.settings).get(run_id or "")
                 chosen = onto if run.config().method == "qlora" else "original"
-                folder = merge(run, onto=chosen, report=told.append)
+                folder = merge(run, onto=chosen, export=export, report=told.append)
                 told.append(merged_zip(run, folder, self.settings, told.append))
             except LabError as error:
                 told.append(error)
@@ -132,7 +138,8 @@ class PublishTab:
             waited += 1
             yield _hint(f"{told[-1]} … {waited} s")
         if isinstance(told[-1], Path):
-            yield _link(told[-1])
+            base = _hint(f"As the base model of a new run, write run:{run_id}") if export == "16bit" else ""
+            yield _link(told[-1]) + base
         else:
             yield problems_panel(
                 getattr(told[-1], "problems", ("the merge ended early; see the app's output",)), title="No merge"
@@ -141,7 +148,7 @@ class PublishTab:
 
 def adapter_zip(run: Run, settings: Settings) -> Path:
     """`<run name>/…` of adapter/: what loads it, never a checkpoint or optimizer state. Raises RunError."""
-    if not _has_adapter(run) or run.status().state in ACTIVE:
+    if not run_view.has_adapter(run) or run.status().state in ACTIVE:
         raise RunError(f"{run.run_id}: has no adapter to download yet; wait until it has finished, or stop it")
     return _zip(run, run.adapter, f"{run.run_id}-adapter.zip", settings, lambda text: None, zipfile.ZIP_DEFLATED)
 
@@ -168,10 +175,6 @@ def _zip(run: Run, folder: Path, name: str, settings: Settings, report: Any, com
     finally:
         partial.unlink(missing_ok=True)
     return target
-
-
-def _has_adapter(run: Run) -> bool:
-    return (run.adapter / "adapter_model.safetensors").exists()
 
 
 def _link(path: Path) -> str:

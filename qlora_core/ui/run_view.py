@@ -8,35 +8,47 @@ from typing import Any
 from qlora_core import events
 from qlora_core.errors import RunError
 from qlora_core.events import Event
-from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Run, RunStatus, RunStore, queue_entries
+from qlora_core.runs import (
+    ACTIVE,
+    CRASHED,
+    FAILED,
+    FINISHED,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    Run,
+    RunStatus,
+    RunStore,
+    queue_entries,
+)
 from qlora_core.settings import Settings
 from qlora_core.ui.words import (
     METHOD_NAMES,
     clock,
-    counted,
     duration,
     empty,
     esc,
     event_lines,
-    facts,
     loss,
     memory,
     method_chip,
     seconds,
-    share,
-    size,
+    short,
+    short_id,
     state_chip,
+    variant_chips,
 )
 
 NO_RUNS = empty("No runs yet", "Go to Data, take the example, choose Use this dataset, then Start.")
 STATE_MEANING = {
     QUEUED: "Nothing to do: it starts when the device is free.",
     FAILED: "Copy the settings, change what the reason names, and start again. Resume goes on from the last save, or begins again.",
-    CRASHED: "Resume goes on from the newest save. The end of the worker's log stands below.",
+    CRASHED: "Resume goes on from the newest save",
     STOPPED: "Resume goes on where it was saved.",
     FINISHED: "",
     RUNNING: "",
 }
+LOG_BELOW = "The end of the worker's log stands below."
 
 
 def statuses(settings: Settings) -> list[RunStatus]:
@@ -65,10 +77,34 @@ def _status(run: Run, _signature: tuple[Any, ...], _queued: tuple[str, ...]) -> 
     return run.status()
 
 
-def table_html(found: Sequence[RunStatus], chosen: str) -> str:
+def has_adapter(run: Run) -> bool:
+    return (run.adapter / "adapter_model.safetensors").exists()
+
+
+def with_adapter(found: Sequence[RunStatus], settings: Settings) -> list[tuple[str, str]]:
+    """(label, id) of the runs whose adapter can be taken away, combined or merged, newest first."""
+    return [
+        (f"{s.name} · {METHOD_NAMES[s.method]} r{s.rank} · {s.state} · {short(s.run_id)}", s.run_id)
+        for s in found
+        if s.state not in ACTIVE and has_adapter(Run(settings.runs / s.run_id, settings))
+    ]
+
+
+@lru_cache(maxsize=1024)
+def kind_chips(run: Run) -> str:
+    """What of a run's kind the table shows beside its method; a run's kind never changes."""
+    if run.combination():
+        return '<span class="lab-variant">combined</span>'
+    return variant_chips(run.config())
+
+
+def table_html(found: Sequence[RunStatus], chosen: str, settings: Settings) -> str:
     if not found:
         return NO_RUNS
-    rows = "".join(_row(status, status.run_id == chosen) for status in found)
+    rows = "".join(
+        _row(s, s.run_id == chosen, short_id(s, found), kind_chips(Run(settings.runs / s.run_id, settings)))
+        for s in found
+    )
     heads = "".join(f"<th>{name}</th>" for name in ("name", "state", "method")) + "".join(
         f'<th class="num">{name}</th>' for name in ("rank", "evaluation loss", "peak memory", "step time")
     )
@@ -78,7 +114,7 @@ def table_html(found: Sequence[RunStatus], chosen: str) -> str:
     )
 
 
-def _row(status: RunStatus, is_chosen: bool) -> str:
+def _row(status: RunStatus, is_chosen: bool, id_chip: str, chips: str) -> str:
     mark = ' class="chosen" aria-current="true"' if is_chosen else ""
     figures = (
         ("rank", str(status.rank)),
@@ -89,26 +125,49 @@ def _row(status: RunStatus, is_chosen: bool) -> str:
     cells = "".join(f'<td class="num" data-label="{name}">{esc(value)}</td>' for name, value in figures)
     place = f" (place {status.queue_place})" if status.queue_place else ""
     return (
-        f'<tr data-run="{esc(status.run_id)}"{mark}><td><button type="button">{esc(status.name)}</button></td>'
-        f"<td>{state_chip(status.state)}{place}</td><td>{method_chip(status.method)}</td>{cells}"
+        f'<tr data-run="{esc(status.run_id)}"{mark}><td><button type="button">{esc(status.name)}</button>{id_chip}</td>'
+        f"<td>{state_chip(status.state)}{place}</td><td>{method_chip(status.method)}{chips}</td>{cells}"
         f"<td>{clock(status.created_at)}</td></tr>"
     )
 
 
-def head_html(status: RunStatus) -> str:
+def head_html(status: RunStatus, run: Run, known: Sequence[RunStatus] = ()) -> str:
     """Big state, one sentence, and how far the run is."""
-    more = STATE_MEANING[status.state] or "&nbsp;"
-    if status.state == CRASHED and status.checkpoint_step is None:
-        more = "Resume starts it again. The end of the worker's log stands below."
+    combination = run.combination()
     # A failed run's detail is the worker's reason and may be long.
     told = "training" if status.detail == f"step {status.step} of {status.total_steps}" else status.detail
-    detail = f'{esc(told[:1].upper() + told[1:])}<br><span class="lab-hint">{more}</span>'
+    hint = f'<span class="lab-hint">{_what_next(status) or "&nbsp;"}</span>'
+    kind = f"{METHOD_NAMES[status.method]} · rank {status.rank} · {esc(status.base_model)} {kind_chips(run)}"
     return (
         f'<div class="lab-card lab-head lab-method-{esc(status.method)}" data-state="{esc(status.state)}" '
-        f'data-run="{esc(status.run_id)}"><div class="top">{state_chip(status.state)}<h3>{esc(status.name)}</h3>'
-        f'<span class="lab-hint">{METHOD_NAMES[status.method]} · rank {status.rank} · {esc(status.base_model)}</span></div>'
-        f'<p class="detail">{detail}</p>{_bar(status)}</div>'
+        f'data-run="{esc(status.run_id)}"><div class="top">{state_chip(status.state)}'
+        f'<h3>{esc(status.name)}{short_id(status, known)}</h3><span class="lab-hint">{kind}</span></div>'
+        f'<p class="detail">{esc(told[:1].upper() + told[1:])}<br>{hint}</p>'
+        f"{parts_html(combination) if combination else _bar(status)}</div>"
     )
+
+
+def _what_next(status: RunStatus) -> str:
+    again = status.checkpoint_step is None
+    if status.state == CRASHED:
+        return f"{'Start again begins anew' if again else STATE_MEANING[CRASHED]}. {LOG_BELOW}"
+    if status.state == FAILED and again:
+        return "Copy the settings, change what the reason names, and start that. Start again tries the same once more."
+    if status.state == STOPPED and again:
+        return "Start again puts it in the queue."
+    return STATE_MEANING[status.state]
+
+
+def parts_html(combination: dict[str, Any]) -> str:
+    """What was added up, and the loss that each part had alone where it was measured on the same rows."""
+    parts = []
+    for part in combination["parts"]:
+        alone = part.get("same_eval_rows") and part.get("eval_loss") is not None
+        told = f", evaluation loss alone {loss(part['eval_loss'])}" if alone else ""
+        parts.append(f"<li>{part['weight']:g} × <b>{esc(part['name'])}</b>{told}</li>")
+    density = combination.get("density")
+    how = esc(combination["method"]) + (f", density {density:g}" if density is not None else "")
+    return f'<div class="lab-parts"><span class="lab-hint">combined by {how}</span><ul>{"".join(parts)}</ul></div>'
 
 
 def _bar(status: RunStatus) -> str:
@@ -133,43 +192,6 @@ def log_html(history: Sequence[Event]) -> str:
     return f'<div class="lab-log" tabindex="0" aria-label="log">{"".join(lines) or "Waits for its worker."}</div>'
 
 
-def result_html(run: Run, status: RunStatus) -> str:
-    """Measured figures of a run that has ended with an adapter; before that, what will stand here."""
-    result = run.result()
-    if result is None and status.state not in (RUNNING, QUEUED):
-        return empty("No result", "The run ended before it had an adapter. What happened tells why.")
-    if result is None or status.state in (RUNNING, QUEUED):
-        return empty("Result", "Measured memory, step time, loss and score stand here when the run has ended.")
-    info = result["train_info"]
-    pairs = [(f"peak memory, {kind}", size(info[field])) for kind, field in _memory_kinds(info)]
-    pairs += [
-        ("step time, median", seconds(info["step_seconds_median"])),
-        ("speed", f"{info['tokens_per_second']:,.0f} tokens/s" if info["tokens_per_second"] else "–"),
-        ("adapter", f"{size(info['adapter_bytes'])}, {info['trainable_parameters'] / 1e6:.2f} M weights"),
-    ]
-    losses, scores = info["eval_losses"], info["scores"]
-    if losses:
-        known = [losses[0]] if len(losses) == 1 else [losses[0], losses[-1]]
-        title = "evaluation loss, " + " → ".join(f"step {entry['step']}" for entry in known)
-        pairs.append((title, " → ".join(loss(entry["loss"]) for entry in known)))
-    for word, score in zip(("before", "after"), (scores[0], scores[-1]) if len(scores) > 1 else scores, strict=False):
-        pairs.append((f"right answers {word}", share(score["correct"], score["total"])))
-    return (
-        f'<div class="lab-card"><h3>Result</h3>{facts(pairs)}<p class="lab-hint" style="margin-top:10px">'
-        f"Measured on {esc(result['run_info']['device'])}, {esc(result['run_info']['compute_dtype'])}; "
-        f"{counted(info['train_rows'], 'row')} trained on, {counted(info['eval_rows'], 'row')} held out.</p></div>"
-    )
-
-
-def _memory_kinds(info: dict[str, Any]) -> list[tuple[str, str]]:
-    kinds = (
-        ("GPU allocated", "peak_allocated_bytes"),
-        ("GPU reserved", "peak_reserved_bytes"),
-        ("host", "peak_host_bytes"),
-    )
-    return [(kind, field) for kind, field in kinds if info[field] is not None]
-
-
 def answers_html(run: Run, history: Sequence[Event], most: int = 12) -> str:
     """Generated answers before and after training beside the reference; what changed first."""
     steps = sorted({event.step for event in history if isinstance(event, events.Score)})
@@ -180,9 +202,9 @@ def answers_html(run: Run, history: Sequence[Event], most: int = 12) -> str:
     first, last = found[0], found[-1]
     pairs = sorted(zip(first[1], last[1], strict=False), key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
     two = last[0] != first[0]
-    rows = "".join(_answers_row(before, after, two) for before, after in pairs[:most])
-    heads = "<th>prompt</th><th>reference</th><th>before training</th>"
-    heads += f"<th>after step {last[0]}</th>" if two else ""
+    names = ["prompt", "reference", "before training"] + [f"after step {last[0]}"] * two
+    rows = "".join(_answers_row(before, after, names) for before, after in pairs[:most])
+    heads = "".join(f"<th>{name}</th>" for name in names)
     return (
         f'<p class="lab-hint">{min(most, len(pairs))} of {len(pairs)} held-out rows, those that changed first.</p>'
         f'<div class="lab-scroll" style="max-height:460px"><table class="lab-table lab-answers"><thead><tr>{heads}</tr>'
@@ -190,12 +212,14 @@ def answers_html(run: Run, history: Sequence[Event], most: int = 12) -> str:
     )
 
 
-def _answers_row(before: dict[str, Any], after: dict[str, Any], two: bool) -> str:
+def _answers_row(before: dict[str, Any], after: dict[str, Any], names: list[str]) -> str:
     cells = [f"<pre>{esc(before['prompt'])}</pre>", f"<pre>{esc(before['reference'])}</pre>"]
-    for answer in (before, after) if two else (before,):
+    for answer in (before, after)[: len(names) - 2]:
         sign = "lab-right" if answer["correct"] else "lab-wrong"
         cells.append(f'<span class="{sign}"></span><pre>{esc(answer["answer"])}</pre>')
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    # A narrow page stacks the cells, each below its name.
+    named = zip(names, cells, strict=True)
+    return "<tr>" + "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in named) + "</tr>"
 
 
 def raw_log_html(run: Run) -> str:

@@ -8,15 +8,19 @@ import gradio as gr
 from qlora_core import queue
 from qlora_core.charts import HEIGHT, run_charts
 from qlora_core.config import TrainConfig
-from qlora_core.errors import LabError
+from qlora_core.errors import LabError, RunError
 from qlora_core.events import Evaluation, Resumed, Step, effective, read_all
 from qlora_core.runs import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Run, RunStatus, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
+from qlora_core.ui.combine import CombinePart
+from qlora_core.ui.comparing import differences_html
 from qlora_core.ui.data_tab import Chosen
 from qlora_core.ui.plots import plot
+from qlora_core.ui.result_view import result_html
 from qlora_core.ui.status import status_html
-from qlora_core.ui.words import problems_panel
+from qlora_core.ui.waiting import ACT, act_on, waiting_html
+from qlora_core.ui.words import problems_panel, short
 
 # Before the page has asked which run its address names, a tick must not choose one.
 NOT_ATTACHED = "?"
@@ -40,36 +44,19 @@ class RunsTab:
         self.settings, self.status = settings, status
         self.selected = gr.Textbox(NOT_ATTACHED, visible="hidden", elem_id="selected-run", label="selected run")
         self.cursor = gr.State({})
+        self.waiting = gr.HTML("", js_on_load=ACT, elem_id="waiting")
+        self.waiting_problem = gr.HTML("", elem_id="waiting-problem")
         self.table = gr.HTML(run_view.NO_RUNS, js_on_load=SELECT, elem_id="runs-table")
+        self.combine = CombinePart(settings)
         with gr.Column(visible=False, elem_id="run-page") as self.page:
             self.head = gr.HTML("", min_height=112, elem_id="run-head")
-            with gr.Row(elem_id="run-buttons"):
-                self.stop = gr.Button("Stop and save", min_width=130, size="md", visible=False, elem_id="stop")
-                self.resume = gr.Button(
-                    "Resume", variant="primary", min_width=130, size="md", visible=False, elem_id="resume"
-                )
-                self.download = gr.Button(
-                    "Download adapter",
-                    variant="primary",
-                    min_width=130,
-                    size="md",
-                    visible=False,
-                    elem_id="run-download",
-                )
-                self.publish = gr.Button("Merge …", min_width=110, size="md", visible=False, elem_id="run-publish")
-                self.copy = gr.Button("Copy settings", min_width=130, size="md", elem_id="copy")
-                self.delete = gr.Button("Delete", min_width=100, size="md", visible=False, elem_id="delete")
-            with gr.Row(visible=False) as self.confirm:
-                gr.HTML('<p class="lab-warn" style="padding-top:8px">Delete this run with its adapter for good?</p>')
-                self.really = gr.Button(
-                    "Delete for good", variant="stop", min_width=130, size="md", elem_id="really-delete"
-                )
-                self.keep = gr.Button("Keep it", min_width=100, size="md")
+            self._build_buttons()
             self.problem = gr.HTML("", elem_id="run-problem")
-            with gr.Row():
-                self.charts = [_chart(0), _chart(1)]
-            with gr.Row():
-                self.charts += [_chart(2), _chart(3)]
+            with gr.Column(elem_id="run-charts") as self.charts_part:
+                with gr.Row():
+                    self.charts = [_chart(0), _chart(1)]
+                with gr.Row():
+                    self.charts += [_chart(2), _chart(3)]
             with gr.Row():
                 with gr.Column(min_width=320):
                     gr.HTML('<div class="lab-step">What happened</div>')
@@ -77,35 +64,74 @@ class RunsTab:
                 with gr.Column(min_width=320):
                     gr.HTML('<div class="lab-step">What came out</div>')
                     self.result = gr.HTML("", min_height=302, elem_id="run-result")
+            with gr.Accordion("Compare settings with another run", open=False, elem_id="compare") as self.compare:
+                self.other = gr.Dropdown([], label="Compare settings with", value=None, elem_id="compare-with")
+                self.differences = gr.HTML("", elem_id="differences")
             with gr.Accordion("Sample answers", open=False, elem_id="answers"):
                 self.answers = gr.HTML("")
             with gr.Accordion("Raw log of the worker", open=False, elem_id="raw-log") as self.raw_log:
                 self.raw = gr.HTML("")
 
+    def _build_buttons(self) -> None:
+        with gr.Row(elem_id="run-buttons"):
+            self.stop = _button("Stop and save", "stop")
+            self.resume = _button("Resume", "resume", variant="primary")
+            self.download = _button("Download adapter", "run-download", variant="primary")
+            self.publish = _button("Merge …", "run-publish")
+            self.more = _button("Continue …", "more")
+            self.copy = _button("Copy settings", "copy", visible=True)
+            self.delete = _button("Delete", "delete")
+        with gr.Row(visible=False, elem_id="more-row", elem_classes="lab-ask") as self.more_row:
+            self.more_steps = gr.Number(
+                label="Continue for more steps", precision=0, step=1, minimum=1, min_width=180, elem_id="more-steps"
+            )
+            self.go_on = _button("Continue", "go-on", variant="primary", visible=True)
+            self.not_more = _button("Leave it", "not-more", visible=True)
+        with gr.Row(visible=False, elem_id="confirm", elem_classes="lab-ask") as self.confirm:
+            gr.HTML('<p class="lab-warn">Delete this run with its adapter for good?</p>', min_width=280)
+            self.really = _button("Delete for good", "really-delete", variant="stop", visible=True)
+            self.keep = _button("Keep it", "keep", visible=True)
+
     @property
     def outputs(self) -> list[gr.components.Component]:
         return [
-            self.cursor, self.selected, self.status, self.table, self.page, self.head, self.stop, self.resume,
-            self.download, self.publish, self.delete, *self.charts, self.log, self.result, self.answers, self.raw,
-            self.raw_log,
+            self.cursor, self.selected, self.status, self.waiting, self.table, self.combine.accordion, self.combine.runs,
+            self.page, self.head, self.stop, self.resume, self.download, self.publish, self.more, self.delete,
+            self.charts_part, *self.charts, self.log, self.result, self.other, self.answers, self.raw, self.raw_log,
         ]  # fmt: skip
 
     def connect(self, hidden: dict[str, Any]) -> None:
         state = [self.selected, self.cursor]
-        self.table.select(self.choose, None, [self.selected, self.problem, self.confirm], **hidden)
+        asked = [self.more_row, self.confirm]
+        self.table.select(self.choose, None, [self.selected, self.problem], **hidden)
+        self.waiting.select(self.move, None, self.waiting_problem, **hidden).then(
+            self.tick, state, self.outputs, **hidden
+        )
         # The address names the run, so that a reload and a shared link show it again.
         self.selected.change(None, self.selected, None, js=SHOW_IN_URL, **hidden).then(
             self.tick, state, self.outputs, **hidden
         )
+        # What was asked of another run is over.
+        self.selected.change(lambda: (*_closed(), ""), None, [*asked, self.differences], **hidden)
         for button, action in ((self.stop, self.stop_chosen), (self.resume, self.resume_chosen)):
             button.click(action, self.selected, self.problem, **hidden).then(self.tick, state, self.outputs, **hidden)
-        self.delete.click(lambda: gr.Row(visible=True), None, self.confirm, **hidden)
-        self.keep.click(lambda: gr.Row(visible=False), None, self.confirm, **hidden)
+        self.more.click(self.ask_for_more, self.selected, [*asked, self.more_steps], **hidden)
+        self.go_on.click(
+            self.continue_chosen, [self.selected, self.more_steps], [self.problem, self.more_row], **hidden
+        ).then(self.tick, state, self.outputs, **hidden)
+        self.delete.click(lambda: (gr.Row(visible=False), gr.Row(visible=True)), None, asked, **hidden)
+        for button in (self.keep, self.not_more):
+            button.click(_closed, None, asked, **hidden)
         self.really.click(self.delete_run, self.selected, [self.selected, self.problem, self.confirm], **hidden)
+        self.other.input(self.compare_with, [self.selected, self.other], self.differences, **hidden)
+        self.combine.connect(self.selected, hidden)
         gr.Timer(1).tick(self.tick, state, self.outputs, queue=False, **hidden)
 
-    def choose(self, event: gr.EventData) -> tuple[str, str, Any]:
-        return event.run, "", gr.Row(visible=False)
+    def choose(self, event: gr.EventData) -> tuple[str, str]:
+        return event.run, ""
+
+    def move(self, event: gr.EventData) -> str:
+        return act_on(event.run, event.act, self.settings)
 
     def tick(self, selected: str, cursor: dict[str, Any]) -> Any:
         """Outputs that changed since `cursor`; gr.skip() when none did. Also keeps the queue going."""
@@ -118,9 +144,11 @@ class RunsTab:
         selected_now = status.run_id if status else ""
         parts: dict[Any, Any] = {
             self.status: status_html(found),
-            self.table: run_view.table_html(found, selected_now),
+            self.waiting: waiting_html(found),
+            self.table: run_view.table_html(found, selected_now, self.settings),
         }
-        parts |= self._page_parts(status, cursor)
+        listed = self._choices(found, selected_now)
+        parts |= self._choice_parts(listed, cursor) | self._page_parts(status, cursor, found)
         # Only strings are compared; components and figures come with a marker of their own.
         changed = {part: value for part, value in parts.items() if not _same(part, value, cursor)}
         if selected_now != selected:
@@ -128,16 +156,35 @@ class RunsTab:
         if not changed:
             return gr.skip()
         seen = {str(part._id): hash(value) for part, value in parts.items() if isinstance(value, str)}
-        return {**changed, self.cursor: {**cursor, **seen, "run": _marker(status), "drawn": self._drawn(status)}}
+        seen |= {"run": _marker(status), "drawn": self._drawn(status), "listed": listed}
+        return {**changed, self.cursor: {**cursor, **seen}}
 
-    def _page_parts(self, status: RunStatus | None, cursor: dict[str, Any]) -> dict[Any, Any]:
+    def _choices(self, found: list[RunStatus], selected: str) -> dict[str, Any]:
+        """What the lists of runs offer: adapters to combine, other runs to compare with."""
+        others = [(f"{s.name} · {s.state} · {short(s.run_id)}", s.run_id) for s in found if s.run_id != selected]
+        return {"of": selected, "adapters": run_view.with_adapter(found, self.settings), "others": others}
+
+    def _choice_parts(self, listed: dict[str, Any], cursor: dict[str, Any]) -> dict[Any, Any]:
+        before = cursor.get("listed", {})
+        parts: dict[Any, Any] = {}
+        if listed["adapters"] != before.get("adapters"):
+            parts[self.combine.accordion] = gr.Accordion(visible=len(listed["adapters"]) > 1)
+            parts[self.combine.runs] = gr.Dropdown(choices=listed["adapters"])
+        if listed["of"] != before.get("of"):
+            parts[self.other] = gr.Dropdown(choices=listed["others"], value=None)
+        elif listed["others"] != before.get("others"):
+            parts[self.other] = gr.Dropdown(choices=listed["others"])
+        return parts
+
+    def _page_parts(self, status: RunStatus | None, cursor: dict[str, Any], found: list[RunStatus]) -> dict[Any, Any]:
         if status is None:
             return {self.page: gr.Column(visible=False)} if cursor.get("run") != _marker(None) else {}
         run = Run(self.settings.runs / status.run_id, self.settings)
-        parts: dict[Any, Any] = {self.head: run_view.head_html(status)}
+        parts: dict[Any, Any] = {self.head: run_view.head_html(status, run, found)}
         if cursor.get("run") != _marker(status):
             parts |= {self.page: gr.Column(visible=True), **self._buttons(status, run)}
-            parts[self.result] = run_view.result_html(run, status)
+            parts[self.charts_part] = gr.Column(visible=run.combination() is None)
+            parts[self.result] = result_html(run, status)
             # A crash has no reason but what the worker printed last.
             parts[self.raw_log] = gr.Accordion(open=status.state == CRASHED)
         if cursor.get("drawn") != self._drawn(status) or cursor.get("run") != _marker(status):
@@ -153,15 +200,19 @@ class RunsTab:
 
     def _buttons(self, status: RunStatus, run: Run) -> dict[Any, Any]:
         ended = status.state not in ACTIVE
-        has_adapter = ended and (run.adapter / "adapter_model.safetensors").exists()
+        has_adapter = ended and run_view.has_adapter(run)
         stop_label = "Take out of the queue" if status.state == QUEUED else "Stop and save"
         return {
             self.stop: gr.Button(stop_label, visible=status.state in (RUNNING, QUEUED)),
-            self.resume: gr.Button(visible=status.state in (STOPPED, FAILED, CRASHED)),
+            self.resume: gr.Button(
+                "Resume" if status.checkpoint_step is not None else "Start again",
+                visible=status.state in (STOPPED, FAILED, CRASHED),
+            ),
             self.download: gr.Button(
                 visible=has_adapter, variant="primary" if status.state == FINISHED else "secondary"
             ),
             self.publish: gr.Button(visible=has_adapter),
+            self.more: gr.Button(visible=status.state == FINISHED and run.combination() is None),
             self.delete: gr.Button(visible=ended),
         }
 
@@ -184,6 +235,24 @@ class RunsTab:
             queue.start_next(self.settings)
 
         return self._try(again, selected)
+
+    def ask_for_more(self, selected: str) -> tuple[Any, Any, Any]:
+        """Opens with as many steps again as the run has made."""
+        made = RunStore(self.settings).get(selected).status().step
+        return gr.Row(visible=True), gr.Row(visible=False), gr.Number(made, info=f"{made:,} made so far")
+
+    def continue_chosen(self, selected: str, more_steps: float | None) -> tuple[str, Any]:
+        def go_on(run: Run) -> None:
+            if not more_steps or more_steps < 1:
+                raise RunError(f"more steps: {more_steps or 0:g}; write how many, at least 1")
+            queue.resume(run, max_steps=run.status().step + int(more_steps))
+            queue.start_next(self.settings)
+
+        problem = self._try(go_on, selected)
+        return problem, gr.Row(visible=bool(problem))
+
+    def compare_with(self, selected: str, other: str | None) -> str:
+        return differences_html(selected, other, self.settings)
 
     def delete_run(self, selected: str) -> tuple[str, str, Any]:
         problem = self._try(lambda run: RunStore(self.settings).delete(run), selected)
@@ -208,6 +277,15 @@ class RunsTab:
             return None, config
         total = rows.train_rows if config.eval_data else rows.train_rows + rows.eval_rows
         return Chosen(config.data, config.eval_data, total, False, config.skip_bad_rows), config
+
+
+def _closed() -> tuple[Any, Any]:
+    """Nothing is asked: neither for how many steps nor whether to delete."""
+    return gr.Row(visible=False), gr.Row(visible=False)
+
+
+def _button(label: str, elem_id: str, *, variant: str = "secondary", visible: bool = False) -> gr.Button:
+    return gr.Button(label, variant=variant, min_width=110, size="md", visible=visible, elem_id=elem_id)
 
 
 def _chart(number: int) -> gr.HTML:

@@ -153,7 +153,35 @@ _RUNS = """
 .dark .lab-runs tr.chosen { background: var(--neutral-800); }
 .lab-table tr, .lab-table thead, .lab-table tbody { border: 0 !important; }
 .lab-runs tr.chosen td:first-child { box-shadow: inset 3px 0 0 var(--body-text-color); }
+.lab-runs td:nth-child(2) { white-space: nowrap; }
 .lab-runs button { all: unset; cursor: pointer; font-weight: 600; overflow-wrap: anywhere; color: inherit; }
+.lab-variant, .lab-id { display: inline-block; font-size: .76rem; font-weight: 600; line-height: 1.5; padding: 0 6px;
+  border-radius: 5px; white-space: nowrap; vertical-align: 1px; }
+.lab-variant { margin-left: 6px; background: var(--neutral-100); color: var(--neutral-700); }
+.dark .lab-variant { background: var(--neutral-700); color: var(--neutral-100); }
+.lab-id { font-family: var(--font-mono); color: var(--muted); border: 1px solid var(--border-color-primary); }
+.lab-waiting ol { list-style: none; margin: 4px 0 0; padding: 0; max-height: 236px; overflow: auto; }
+.lab-waiting li { display: flex; align-items: center; gap: 4px 12px; padding: 5px 2px; margin: 0;
+  border-top: 1px solid var(--border-color-primary); }
+.lab-waiting li:first-child { border-top: 0; }
+.lab-waiting .place { color: var(--muted); font-variant-numeric: tabular-nums; min-width: 1.6em; }
+.lab-waiting .name { font-weight: 600; overflow-wrap: anywhere; flex: 1; }
+.lab-waiting .acts { display: inline-flex; gap: 6px; }
+.lab-waiting button { width: 34px; height: 32px; padding: 0; display: inline-grid; place-items: center;
+  border: 1px solid var(--border-color-primary); border-radius: 7px; background: none; color: inherit; cursor: pointer;
+  line-height: 1; }
+.lab-waiting button:hover { background: var(--neutral-100); } .dark .lab-waiting button:hover { background: var(--neutral-700); }
+.lab-waiting button[aria-disabled=true] { opacity: .3; cursor: default; background: none; }
+.lab-ask { align-items: end !important; gap: 10px !important; }
+.lab-ask .lab-warn { margin: 0; padding: 9px 0; }
+.lab-ask > button { flex: 0 0 auto !important; }
+.lab-ask > .form { flex: 0 1 300px !important; }
+.lab-ask > .block:has(.lab-warn) { flex: 0 1 auto !important; }
+.lab-parts ul { list-style: none; margin: 4px 0 0; padding: 0; } .lab-parts li { margin: 2px 0; }
+.lab-differences { table-layout: fixed; } .lab-scroll:has(.lab-differences) { max-height: 460px; }
+.lab-differences th[scope=row] { font-weight: 400; color: inherit; font-size: inherit; position: static; }
+.lab-differences tr.group th { position: static; padding-top: 14px; }
+.lab-differences td { overflow-wrap: anywhere; font-weight: 600; }
 .lab-head { min-height: 132px; }
 #run-result .lab-card, #run-result .lab-empty { min-height: 300px; }
 #run-result .lab-empty { display: grid; align-content: center; }
@@ -200,9 +228,7 @@ _NARROW = """
 @media (max-width: 700px) {
   .lab-scroll { max-height: 420px; }
   .lab-status .now { margin-left: 0; }
-  #upload { min-height: 152px; }
-#plan .lab-card { min-height: 108px; }
-.lab-sticky { position: static; }
+  .lab-sticky { position: static; }
   .lab-runs thead { display: none; }
   .lab-runs tr { display: grid; grid-template-columns: 1fr auto; gap: 2px 12px; padding: 9px 12px;
     border-bottom: 1px solid var(--border-color-primary); }
@@ -210,7 +236,14 @@ _NARROW = """
   .lab-runs td[data-label]::before { content: attr(data-label) " "; color: var(--muted); }
   .lab-runs td:first-child { box-shadow: none !important; font-size: 1rem; }
   .block.lab-chart { flex: 1 0 100% !important; }
-  .lab-answers { min-width: 640px; }
+  .lab-waiting li { display: grid; grid-template-columns: auto 1fr auto; }
+  .lab-waiting .name { grid-column: 2 / -1; } .lab-waiting .method { grid-column: 2; }
+  #run-buttons > button { flex: 1 1 40% !important; }
+  .lab-ask > .block, .lab-ask > .form { flex: 1 0 100% !important; } .lab-ask > button { flex: 1 1 40% !important; }
+  .lab-answers thead { display: none; }
+  .lab-answers tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--border-color-primary) !important; }
+  .lab-answers td { display: block; border: 0 !important; padding: 3px 12px; }
+  .lab-answers td::before { content: attr(data-label); display: block; color: var(--muted); font-size: .8rem; }
   .lab-log div { grid-template-columns: 1fr; gap: 0; }
 }
 """

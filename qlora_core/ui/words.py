@@ -6,11 +6,21 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_core import events
+from qlora_core.config import TrainConfig
 from qlora_core.devices import GIB
 from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.scores import wilson_interval
 
 METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
+VARIANTS = {
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA",
+    "gaussian": "Gaussian start",
+    "orthogonal": "orthogonal start",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+}
 # A sign beside the word, so that colour alone never carries a state.
 STATE_SIGNS = {QUEUED: "◷", RUNNING: "▶", FINISHED: "✓", STOPPED: "■", FAILED: "✕", CRASHED: "!"}
 
@@ -71,6 +81,27 @@ def state_chip(state: str) -> str:
 
 def method_chip(method: str) -> str:
     return f'<span class="lab-method lab-method-{esc(method)}">{METHOD_NAMES[method]}</span>'
+
+
+def variant_chips(config: TrainConfig) -> str:
+    """What makes the adapter other than a plain LoRA, each as a small chip; empty for a plain one."""
+    names = [VARIANTS["use_dora"]] * config.use_dora + [VARIANTS["use_rslora"]] * config.use_rslora
+    names += [VARIANTS[config.init_lora_weights]] if config.init_lora_weights in VARIANTS else []
+    names += [f"LoRA+ {config.loraplus_lr_ratio:g}"] if config.loraplus_lr_ratio else []
+    return "".join(f'<span class="lab-variant">{esc(name)}</span>' for name in names)
+
+
+def short_id(status: RunStatus, known: Iterable[RunStatus]) -> str:
+    """The part of its id that no other run has, as a chip, where another of the known runs has the same name."""
+    if not any(other.name == status.name and other.run_id != status.run_id for other in known):
+        return ""
+    return f' <span class="lab-id">{esc(short(status.run_id))}</span>'
+
+
+def short(run_id: str) -> str:
+    """The random part of "20261124-140608-e67c-name"."""
+    parts = run_id.split("-")
+    return parts[2] if len(parts) > 2 else run_id
 
 
 def problems_panel(problems: Iterable[str], *, title: str = "This cannot run yet") -> str:
