@@ -109,11 +109,16 @@ def _known_to_transformers(model_type: Any) -> bool:
     return bool(model_type) and (folder / "__init__.py").is_file()
 
 
-@lru_cache(maxsize=4)
 def weights_sha256(model: BaseModel) -> str:
     """SHA-256 over the names and SHA-256 of the weight files. In a Hub cache the names of the blobs are the hashes."""
+    paths = sorted(model.folder.glob("*.safetensors"))
+    return _weights_sha256(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@lru_cache(maxsize=4)  # asked for several times a run; size and time tell a file that was replaced
+def _weights_sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
-    for path in sorted(model.folder.glob("*.safetensors")):
+    for path, _, _ in files:
         blob = path.resolve().name
         digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _file_sha256(path)
         total.update(f"{path.name} {digest}\n".encode())

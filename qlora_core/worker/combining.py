@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.nn.functional import pad
 
 from qlora_core import events
 from qlora_core.combining import METHODS, adapter_weights, file_sha256
@@ -186,9 +187,7 @@ def of_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
         a, b = (v @ q_a.T)[:rank], (q_b @ (u * s))[:, :rank]
     # A layer narrower than the rank has fewer directions; every layer gets the same shape.
     missing = rank - len(a)
-    return torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous(), torch.nn.functional.pad(
-        b, (0, missing)
-    ).contiguous()
+    return pad(a, (0, 0, 0, missing)).contiguous(), pad(b, (0, missing)).contiguous()
 
 
 def told(combination: dict[str, Any]) -> str:

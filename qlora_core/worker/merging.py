@@ -24,8 +24,7 @@ def merge_onto(run: Run, onto: str, *, folder: Path | None = None) -> Path:
     """Writes `merged-<onto>` in safetensors shards, with the tokenizer that training used. Runs on the CPU.
 
     Onto "dequantized": the base is quantised as training quantised it and then dequantised; merged into that, the
-    model keeps the behaviour that was trained. Adding into the 4-bit weights
-    would round the update away, so that is not offered.
+    model keeps the behaviour that was trained. Adding into the 4-bit weights would round the update away.
 
     Added up in the number type that the run computed in, and rounded once: to fp16 for an fp16 run, else to bf16.
     """
