@@ -200,7 +200,7 @@ def test_a_worker_that_breaks_leaves_its_traceback_and_one_that_fails_its_reason
     assert "FileNotFoundError" in broken.log_tail()
     start_when_free(failing)
     wait_for(lambda: failing.status().state == FAILED, seconds=120)
-    assert "no linear layer c_attn; it has down_proj" in failing.status().detail
+    assert "no linear layer c_attn; name other layers of down_proj" in failing.status().detail
     assert "failed: " in failing.log_tail() and "Traceback" not in failing.log_tail()
     assert RunStore(broken.settings).get(broken.run_id).status().step == 0
 
