@@ -54,7 +54,11 @@ class TrainConfig:
     )
     name: str = _option("", "name of the run; empty: made from dataset, method and rank", group="data")
 
-    base_model: str = _option("bundled", "'bundled', a local folder, or a Hub id, also id@revision", group="adapter")
+    base_model: str = _option(
+        "bundled",
+        "'bundled', a local folder, run:RUN (its merged model), or a Hub id, also id@revision",
+        group="adapter",
+    )
     method: str = _option(
         "qlora", "lora: 16-bit base weights; qlora: base weights in 4 bits", choices=("lora", "qlora"), group="adapter"
     )

@@ -310,7 +310,9 @@ def test_a_base_model_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_target_modules_that_do_not_exist_name_what_does(tmp_path: Path) -> None:
-    words = r"no linear layer c_attn, nonsense; name other layers of down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    words = (
+        r"no linear layer c_attn, nonsense; name other layers of down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"
+    )
     with pytest.raises(ConfigError, match=words):
         train_here(make_run(tmp_path, target_modules="c_attn,q_proj,nonsense"))
 
