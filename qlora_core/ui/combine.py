@@ -96,7 +96,7 @@ def why(method: str) -> str:
 def weights_of(text: str, runs: int) -> list[float]:
     """Numbers separated by commas or spaces; equal shares of 1 when nothing is typed. Raises RunError."""
     if not text.strip():
-        return [1 / runs] * runs
+        return [1 / max(1, runs)] * runs
     try:
         return [float(part) for part in text.replace(",", " ").split()]
     except ValueError:

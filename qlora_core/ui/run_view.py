@@ -136,13 +136,14 @@ def head_html(status: RunStatus, run: Run, known: Sequence[RunStatus] = ()) -> s
     combination = run.combination()
     # A failed run's detail is the worker's reason and may be long.
     told = "training" if status.detail == f"step {status.step} of {status.total_steps}" else status.detail
-    hint = f'<span class="lab-hint">{_what_next(status) or "&nbsp;"}</span>'
+    meaning = _what_next(status) or ("" if combination else "&nbsp;")
+    hint = f'<br><span class="lab-hint">{meaning}</span>' if meaning else ""
     kind = f"{METHOD_NAMES[status.method]} · rank {status.rank} · {esc(status.base_model)} {kind_chips(run)}"
     return (
         f'<div class="lab-card lab-head lab-method-{esc(status.method)}" data-state="{esc(status.state)}" '
         f'data-run="{esc(status.run_id)}"><div class="top">{state_chip(status.state)}'
         f'<h3>{esc(status.name)}{short_id(status, known)}</h3><span class="lab-hint">{kind}</span></div>'
-        f'<p class="detail">{esc(told[:1].upper() + told[1:])}<br>{hint}</p>'
+        f'<p class="detail">{esc(told[:1].upper() + told[1:])}{hint}</p>'
         f"{parts_html(combination) if combination else _bar(status)}</div>"
     )
 
@@ -167,7 +168,7 @@ def parts_html(combination: dict[str, Any]) -> str:
         parts.append(f"<li>{part['weight']:g} × <b>{esc(part['name'])}</b>{told}</li>")
     density = combination.get("density")
     how = esc(combination["method"]) + (f", density {density:g}" if density is not None else "")
-    return f'<div class="lab-parts"><span class="lab-hint">combined by {how}</span><ul>{"".join(parts)}</ul></div>'
+    return f'<div class="lab-parts"><span class="lab-hint">Sum by {how} of</span><ul>{"".join(parts)}</ul></div>'
 
 
 def _bar(status: RunStatus) -> str:

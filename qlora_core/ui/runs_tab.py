@@ -83,7 +83,7 @@ class RunsTab:
             self.delete = _button("Delete", "delete")
         with gr.Row(visible=False, elem_id="more-row", elem_classes="lab-ask") as self.more_row:
             self.more_steps = gr.Number(
-                label="Continue for more steps", precision=0, step=1, minimum=1, min_width=180, elem_id="more-steps"
+                label="Continue for more steps", precision=0, step=1, min_width=180, elem_id="more-steps"
             )
             self.go_on = _button("Continue", "go-on", variant="primary", visible=True)
             self.not_more = _button("Leave it", "not-more", visible=True)
@@ -238,7 +238,10 @@ class RunsTab:
 
     def ask_for_more(self, selected: str) -> tuple[Any, Any, Any]:
         """Opens with as many steps again as the run has made."""
-        made = RunStore(self.settings).get(selected).status().step
+        try:
+            made = RunStore(self.settings).get(selected).status().step
+        except LabError:  # deleted meanwhile: the next tick shows another run
+            return gr.skip(), gr.skip(), gr.skip()
         return gr.Row(visible=True), gr.Row(visible=False), gr.Number(made, info=f"{made:,} made so far")
 
     def continue_chosen(self, selected: str, more_steps: float | None) -> tuple[str, Any]:

@@ -134,6 +134,7 @@ _RUNS = """
 .lab-failed, .lab-crashed { color: var(--failed); } .lab-queued { color: var(--queued); }
 .lab-method { display: inline-flex; align-items: center; gap: 6px; white-space: nowrap; }
 .lab-method::before { content: ""; width: 10px; height: 10px; border-radius: 3px; background: var(--hue); }
+.lab-method:has(+ .lab-variant) { margin-right: 8px; }
 .lab-card h3 .lab-method { white-space: normal; }
 .lab-method-lora { --hue: var(--lora); } .lab-method-qlora { --hue: var(--qlora); }
 .lab-scroll { max-height: 290px; overflow: auto; border: 1px solid var(--border-color-primary) !important; border-radius: 10px;
@@ -157,7 +158,7 @@ _RUNS = """
 .lab-runs button { all: unset; cursor: pointer; font-weight: 600; overflow-wrap: anywhere; color: inherit; }
 .lab-variant, .lab-id { display: inline-block; font-size: .76rem; font-weight: 600; line-height: 1.5; padding: 0 6px;
   border-radius: 5px; white-space: nowrap; vertical-align: 1px; }
-.lab-variant { margin-left: 6px; background: var(--neutral-100); color: var(--neutral-700); }
+.lab-variant { margin-right: 4px; background: var(--neutral-100); color: var(--neutral-700); }
 .dark .lab-variant { background: var(--neutral-700); color: var(--neutral-100); }
 .lab-id { font-family: var(--font-mono); color: var(--muted); border: 1px solid var(--border-color-primary); }
 .lab-waiting ol { list-style: none; margin: 4px 0 0; padding: 0; max-height: 236px; overflow: auto; }

@@ -10,7 +10,7 @@ from qlora_core.ui.words import esc, method_chip, problems_panel, short_id
 
 EARLIER, LATER, OUT = "earlier", "later", "out"
 SIGNS = {EARLIER: "↑", LATER: "↓", OUT: "✕"}
-# The list is drawn anew after each move; the button that was pressed keeps the focus, for a person at the keyboard.
+# A new list reuses the old one's elements, so the focus would stay in place while the run moves; it goes with the run.
 ACT = """
 let pressed = null;
 element.addEventListener('click', (event) => {
@@ -20,7 +20,8 @@ element.addEventListener('click', (event) => {
   trigger('select', { run: pressed[0], act: pressed[1] });
 });
 watch('value', () => {
-  if (!pressed || document.activeElement !== document.body) return;
+  const focused = document.activeElement;
+  if (!pressed || !(focused === document.body || element.contains(focused))) return;
   const same = [...element.querySelectorAll('button[data-act]')].find(
     (button) => button.dataset.run === pressed[0] && button.dataset.act === pressed[1]);
   if (same) same.focus();
