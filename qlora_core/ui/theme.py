@@ -158,7 +158,7 @@ _RUNS = """
 .lab-runs button { all: unset; cursor: pointer; font-weight: 600; overflow-wrap: anywhere; color: inherit; }
 .lab-variant, .lab-id { display: inline-block; font-size: .76rem; font-weight: 600; line-height: 1.5; padding: 0 6px;
   border-radius: 5px; white-space: nowrap; vertical-align: 1px; }
-.lab-variant { margin-right: 4px; background: var(--neutral-100); color: var(--neutral-700); }
+.lab-variant { margin-right: 4px; background: var(--neutral-200); color: var(--neutral-700); }
 .dark .lab-variant { background: var(--neutral-700); color: var(--neutral-100); }
 .lab-id { font-family: var(--font-mono); color: var(--muted); border: 1px solid var(--border-color-primary); }
 .lab-waiting ol { list-style: none; margin: 4px 0 0; padding: 0; max-height: 236px; overflow: auto; }
