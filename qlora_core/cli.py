@@ -20,7 +20,8 @@ from qlora_core.data.inspection import inspect
 from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
 from qlora_core.merging import EXPORTS, merge
-from qlora_core.runs import ACTIVE, CRASHED, FAILED, Run, RunStore
+from qlora_core.run_status import ACTIVE, CRASHED, FAILED
+from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 
 POLL_SECONDS = 0.5

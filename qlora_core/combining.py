@@ -13,7 +13,8 @@ from typing import Any
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import RunError
-from qlora_core.runs import ACTIVE, Run, RunStore, sync
+from qlora_core.run_status import ACTIVE
+from qlora_core.runs import Run, RunStore, sync
 
 DENSITY = 0.5
 MOST_RANK = 1024  # as TrainConfig.rank

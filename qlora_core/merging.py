@@ -8,7 +8,8 @@ from pathlib import Path
 from qlora_core import devices
 from qlora_core.errors import ModelError, RunError
 from qlora_core.queue import worker_environment
-from qlora_core.runs import RUNNING, Run, RunStore, lock
+from qlora_core.run_status import RUNNING
+from qlora_core.runs import Run, RunStore, lock
 
 # A merge holds the base in 16 bits once in host memory and once on the disk; NF4 beside it takes a quarter, and what is
 # not quantised.

@@ -10,18 +10,8 @@ from pathlib import Path
 from qlora_core import devices, events
 from qlora_core.config import replace
 from qlora_core.errors import RunError
-from qlora_core.runs import (
-    ACTIVE,
-    CRASHED,
-    FAILED,
-    FINISHED,
-    READERS_SECONDS,
-    STOPPED,
-    Run,
-    RunStatus,
-    lock,
-    queue_entries,
-)
+from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, STOPPED, RunStatus
+from qlora_core.runs import READERS_SECONDS, Run, lock, queue_entries
 from qlora_core.settings import Settings
 
 CPU = "cpu"

@@ -26,7 +26,8 @@ from helpers import (
 
 from qlora_core import cli, events, queue
 from qlora_core.config import TrainConfig
-from qlora_core.runs import FINISHED, STOPPED, Run, RunStore
+from qlora_core.run_status import FINISHED, STOPPED
+from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 
 

@@ -12,7 +12,8 @@ from qlora_core import events, queue
 from qlora_core.cli import main
 from qlora_core.combining import create_combined
 from qlora_core.errors import RunError
-from qlora_core.runs import QUEUED, Run, RunStore
+from qlora_core.run_status import QUEUED
+from qlora_core.runs import Run, RunStore
 
 ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
 

@@ -14,7 +14,8 @@ from helpers import wait_for
 from tiny_models import adapter_bytes, eval_losses, losses, make_run, said
 
 from qlora_core import events, queue
-from qlora_core.runs import CRASHED, FINISHED, RUNNING, Run
+from qlora_core.run_status import CRASHED, FINISHED, RUNNING
+from qlora_core.runs import Run
 
 pytestmark = pytest.mark.slow
 

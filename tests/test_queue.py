@@ -13,7 +13,8 @@ from helpers import PYTHON, ROOT, StandIn, fake_gpus, held_by_another_process, r
 
 from qlora_core import events, queue
 from qlora_core.errors import RunError
-from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Run, RunStore, lock, queue_entries
+from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED
+from qlora_core.runs import Run, RunStore, lock, queue_entries
 from qlora_core.settings import Settings
 
 

@@ -26,7 +26,8 @@ from helpers import (
 from qlora_core import events, queue, runs
 from qlora_core.config import replace
 from qlora_core.errors import DatasetError, ModelError, RunError
-from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Run, RunStore, lock
+from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED
+from qlora_core.runs import Run, RunStore, lock
 
 ATTEMPT = events.Launched(attempt=1)
 

@@ -15,7 +15,8 @@ from test_ui import EVIL, built, loops_of_gradio, served  # noqa: F401 - a fixtu
 
 from qlora_core import events, queue
 from qlora_core.combining import METHODS
-from qlora_core.runs import FINISHED, QUEUED, STOPPED, Run, RunStore, queue_entries
+from qlora_core.run_status import FINISHED, QUEUED, STOPPED
+from qlora_core.runs import Run, RunStore, queue_entries
 from qlora_core.settings import Settings
 from qlora_core.ui import publish_tab, run_view
 from qlora_core.ui.comparing import differences_html

@@ -16,7 +16,8 @@ from qlora_core import events, queue
 from qlora_core.combining import create_combined
 from qlora_core.errors import LabError, RunError
 from qlora_core.events import Launched
-from qlora_core.runs import FINISHED, STOPPED, Run
+from qlora_core.run_status import FINISHED, STOPPED
+from qlora_core.runs import Run
 from qlora_core.tokens import load_tokenizer
 from qlora_core.worker import loading
 from qlora_core.worker.combining import combine, of_rank

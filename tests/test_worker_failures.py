@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from qlora_core import devices, events
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, DatasetError, DeviceError, ModelError, TrainingError
-from qlora_core.runs import FAILED, FINISHED, Run
+from qlora_core.run_status import FAILED, FINISHED
+from qlora_core.runs import Run
 from qlora_core.worker import checkpoints, evaluation, loading, steps
 from qlora_core.worker.batches import Pass, loss_sum
 

@@ -9,7 +9,8 @@ from test_worker_variants import VARIANTS
 from tiny_models import StopAfter, adapter, eval_losses, losses, make_run, said, train_here
 
 from qlora_core import events
-from qlora_core.runs import FINISHED, Run
+from qlora_core.run_status import FINISHED
+from qlora_core.runs import Run
 
 pytestmark = [
     pytest.mark.gpu,

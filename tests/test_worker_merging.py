@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_core import events, merging, models, queue
 from qlora_core.errors import ModelError, RunError
-from qlora_core.runs import FINISHED, Run, RunStore
+from qlora_core.run_status import FINISHED
+from qlora_core.runs import Run, RunStore
 from qlora_core.worker import loading
 from qlora_core.worker.merging import export_nf4, merge_onto
 

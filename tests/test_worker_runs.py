@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_core import events, queue
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import TrainingError
-from qlora_core.runs import CRASHED, FAILED, FINISHED, RUNNING, STOPPED, Run, RunStore
+from qlora_core.run_status import CRASHED, FAILED, FINISHED, RUNNING, STOPPED
+from qlora_core.runs import Run, RunStore
 from qlora_core.tokens import load_tokenizer, render
 from qlora_core.worker import checkpoints
 from qlora_core.worker.batches import Row

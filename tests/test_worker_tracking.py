@@ -20,7 +20,8 @@ from tiny_models import StopAfter, adapter_bytes, losses, make_run, said, train_
 
 from qlora_core import events, queue, trackers
 from qlora_core.errors import ConfigError
-from qlora_core.runs import CRASHED, FINISHED, RUNNING, Run, RunStore
+from qlora_core.run_status import CRASHED, FINISHED, RUNNING
+from qlora_core.runs import Run, RunStore
 from qlora_core.worker import tracking
 from qlora_core.worker.tracking import values_of
 

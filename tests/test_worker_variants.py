@@ -25,7 +25,8 @@ from qlora_core import events, queue
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, RunError, TrainingError
-from qlora_core.runs import FINISHED, STOPPED, Run
+from qlora_core.run_status import FINISHED, STOPPED
+from qlora_core.runs import Run
 from qlora_core.tokens import load_tokenizer, render
 from qlora_core.worker import loading
 from qlora_core.worker.batches import Row, make_pass

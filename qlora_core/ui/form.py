@@ -59,6 +59,13 @@ CHOICE_LABELS = {
     "method": [("QLoRA", "qlora"), ("LoRA", "lora")],
     "base_model": [("bundled: SmolLM2-135M-Instruct", "bundled")],
 }
+# What an empty field stands for, where it is not chosen by itself.
+EMPTY_MEANS = {
+    "loraplus_lr_ratio": "off",
+    "neftune_noise_alpha": "off",
+    "early_stopping_patience": "off",
+    "dataset_license": "unknown",
+}
 STEPS = {"learning_rate": 0.0001, "warmup_fraction": 0.01, "eval_fraction": 0.05, "lora_dropout": 0.05}
 
 
@@ -98,7 +105,8 @@ def component(name: str, value: Any) -> gr.components.Component:
     # gr.Number shows and sends an empty field as 0, so a number that may be empty is a text.
     if not optional and any(kind in str(spec.type) for kind in ("int", "float")):
         return gr.Number(value=value, step=STEPS.get(name, 1), **common)
-    return gr.Textbox(value=to_form(name, value), max_lines=1, placeholder="automatic" if optional else None, **common)
+    placeholder = EMPTY_MEANS.get(name, "automatic") if optional else None
+    return gr.Textbox(value=to_form(name, value), max_lines=1, placeholder=placeholder, **common)
 
 
 def to_form(name: str, value: Any) -> Any:

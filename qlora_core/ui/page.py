@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core.runs import ACTIVE
+from qlora_core.run_status import ACTIVE
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.data_tab import DataTab

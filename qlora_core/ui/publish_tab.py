@@ -13,7 +13,8 @@ import gradio as gr
 
 from qlora_core.errors import LabError, RunError
 from qlora_core.merging import merge
-from qlora_core.runs import ACTIVE, Run, RunStore
+from qlora_core.run_status import ACTIVE
+from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.preview import safe_name

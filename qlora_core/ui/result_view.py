@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from qlora_core.runs import QUEUED, RUNNING, Run, RunStatus
+from qlora_core.run_status import QUEUED, RUNNING, RunStatus
+from qlora_core.runs import Run
 from qlora_core.ui.words import counted, empty, esc, facts, loss, seconds, share, size
 
 

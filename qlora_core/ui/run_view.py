@@ -8,19 +8,8 @@ from typing import Any
 from qlora_core import events
 from qlora_core.errors import RunError
 from qlora_core.events import Event
-from qlora_core.runs import (
-    ACTIVE,
-    CRASHED,
-    FAILED,
-    FINISHED,
-    QUEUED,
-    RUNNING,
-    STOPPED,
-    Run,
-    RunStatus,
-    RunStore,
-    queue_entries,
-)
+from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
+from qlora_core.runs import Run, RunStore, queue_entries
 from qlora_core.settings import Settings
 from qlora_core.ui.words import (
     METHOD_NAMES,

@@ -10,7 +10,8 @@ from qlora_core.charts import HEIGHT, run_charts
 from qlora_core.config import TrainConfig
 from qlora_core.errors import LabError, RunError
 from qlora_core.events import Evaluation, Resumed, Step, effective, read_all
-from qlora_core.runs import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Run, RunStatus, RunStore
+from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
+from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.combine import CombinePart

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qlora_core import devices
-from qlora_core.runs import QUEUED, RUNNING, RunStatus
+from qlora_core.run_status import QUEUED, RUNNING, RunStatus
 from qlora_core.ui.words import counted, duration, esc, size
 
 

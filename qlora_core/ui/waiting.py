@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from qlora_core import queue
 from qlora_core.errors import LabError, RunError
-from qlora_core.runs import QUEUED, RUNNING, RunStatus, RunStore
+from qlora_core.run_status import QUEUED, RUNNING, RunStatus
+from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.words import esc, method_chip, problems_panel, short_id
 

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_core import events
 from qlora_core.config import TrainConfig
 from qlora_core.devices import GIB
-from qlora_core.runs import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
+from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.scores import wilson_interval
 
 METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
