@@ -47,13 +47,19 @@ EXPERTS = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
+# Shorter than the rows of every test that means it to matter, in one layer of two where both kinds can stand together.
+WINDOW = {"sliding_window": 16}
+ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": USUAL,
+    "mistral": USUAL | {"head_dim": 16} | WINDOW,
+    "qwen2": USUAL,
     "qwen3": USUAL | {"head_dim": 16},
     "gpt2": GPT,
     "gptj": GPT | {"rotary_dim": 16},
     "gpt_neox": SMALL | {"intermediate_size": 128},
-    "gemma3_text": USUAL | {"head_dim": 16},
+    "gemma2": USUAL | {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0} | ALTERNATING,
+    "gemma3_text": USUAL | {"head_dim": 16, "query_pre_attn_scalar": 16} | ALTERNATING,
     "opt": SMALL | {"ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "falcon": SMALL | {"alibi": True, "new_decoder_architecture": False, "multi_query": False},
@@ -107,6 +113,8 @@ def model_folder(architecture: str = "llama", dtype: torch.dtype = torch.float32
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
                 parameter.mul_(spread)
+            if architecture == "qwen2" and name.endswith(".bias"):
+                parameter.normal_(std=0.1)  # of query, key and value; zero at the start of a pretraining
     model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
