@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -53,6 +54,11 @@ def load_base(
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # memory and shapes: RuntimeError
         raise ModelError(f"base model {folder}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
+    if quantization and not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise ModelError(
+            f"base model {folder}: bitsandbytes puts none of its layers ({type(model).__name__}) into 4 bits, so this would not "
+            "be QLoRA; choose method lora"
+        )
     forbid_cpu_repacking(model)
     model.requires_grad_(False)
     model.config.use_cache = False
