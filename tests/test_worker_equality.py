@@ -27,6 +27,7 @@ from trainer_reference import Trained, rows_of, train_with_trainer
 from transformers import AutoModelForCausalLM
 
 from qlora_core import events
+from qlora_core.errors import ModelError
 from qlora_core.runs import Run
 from qlora_core.worker import steps
 from qlora_core.worker.batches import plan_passes, step_rows
@@ -152,6 +153,12 @@ def test_what_cannot_be_packed_trains_padded_and_equals_trainer(
     started = said(run, events.Started)[0]
     assert not started.packed and started.packed_reason.startswith("padded: ")
     assert_equal(run, reference_of(architecture, method), share=0.999)
+
+
+@pytest.mark.parametrize("architecture", UNQUANTISED)
+def test_qlora_is_refused_where_4_bits_would_be_wrong_or_a_name_only(architecture: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="4 bits.*choose method lora"):
+        train_here(run_on(tmp_path, architecture, "qlora"))
 
 
 @dataclass(frozen=True)

@@ -344,12 +344,6 @@ def test_presets_name_the_layers_of_each_architecture(
         assert not any("mlp" in name for name in found)
 
 
-def test_qlora_is_refused_where_nothing_would_be_quantised(tmp_path: Path) -> None:
-    """Falcon's layers are a kind of their own, which bitsandbytes leaves in 16 bits without a word."""
-    with pytest.raises(ModelError, match="puts none of its layers .*choose method lora"):
-        train_here(make_run(tmp_path, base_model=str(model_folder("falcon")), method="qlora"))
-
-
 def test_gpt2_trains_with_query_value(tmp_path: Path) -> None:
     """Its query, key and value are one layer, stored transposed."""
     values = {"base_model": str(model_folder("gpt2")), "target_modules": "query-value", "max_steps": 10}

@@ -60,12 +60,13 @@ def refused_names(model_type: str) -> set[str]:
 
 
 def _quantised_parameters(model: PreTrainedModel) -> int:
-    """Weights that bitsandbytes holds in 4 bits: of linear layers but those that transformers leaves out."""
+    """Weights that bitsandbytes holds in 4 bits: of linear layers but those that transformers leaves out,
+    subclasses (Falcon's) among them."""
     kept = get_keys_to_not_convert(model)
     return sum(
         module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and should_convert_module(name, kept)
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
     )
 
 

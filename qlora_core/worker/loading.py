@@ -59,6 +59,10 @@ def load_base(
             f"base model {folder}: bitsandbytes puts none of its layers ({type(model).__name__}) into 4 bits, so this would not "
             "be QLoRA; choose method lora"
         )
+    if any(name.endswith(".dt_proj") and isinstance(module, Linear4bit) for name, module in model.named_modules()):
+        raise ModelError(  # Mamba, Falcon-Mamba and Jamba multiply with its weight themselves, which packed bits do not allow
+            f"base model {folder}: {type(model).__name__} cannot compute with dt_proj in 4 bits; choose method lora"
+        )
     forbid_cpu_repacking(model)
     model.requires_grad_(False)
     model.config.use_cache = False
