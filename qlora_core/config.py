@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from dataclasses import replace as replace  # re-exported: config.replace(run_config, rank=16)
 from pathlib import Path
@@ -14,6 +15,9 @@ import yaml
 from qlora_core.errors import ConfigError
 
 TARGET_PRESETS = ("all-linear", "attention", "query-value")
+# A few hundred bytes of YAML can stand for a list of billions, which a message must not write out.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
 # Starts of the adapter that take their part out of the base weights.
 MUTATED_BASE = ("pissa", "olora")
 
@@ -233,10 +237,10 @@ class TrainConfig:
         try:
             value = _converted(value, spec.type)
         except (TypeError, ValueError, OverflowError):
-            return f"{spec.name} is {value!r}; it must be {_described(spec.type)} ({limits['help']})"
+            return f"{spec.name} is {_SHORT.repr(value)}; it must be {_described(spec.type)} ({limits['help']})"
         object.__setattr__(self, spec.name, value)
         if "choices" in limits and value not in limits["choices"]:
-            return f"{spec.name} is {value!r}; choose one of {', '.join(limits['choices'])}"
+            return f"{spec.name} is {_SHORT.repr(value)}; choose one of {', '.join(limits['choices'])}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return _range_problem(spec.name, value, limits)
         return None

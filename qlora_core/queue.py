@@ -63,7 +63,7 @@ def _lengthen(run: Run, status: RunStatus, max_steps: int) -> None:
         raise RunError(f"{run.run_id}: max_steps is {max_steps}; it has made {status.step} steps, so it must be more")
     config = replace(run.config(), max_steps=max_steps)
     said = f"continued: {max_steps} steps in all; the learning rate goes on as its schedule for so many steps has it"
-    if status.state == FINISHED and config.early_stopping_patience is not None:
+    if config.early_stopping_patience is not None:
         config = replace(config, early_stopping_patience=None)
         said += "; early stopping is off from here on"
     with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as held:

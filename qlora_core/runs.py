@@ -135,7 +135,12 @@ class Run:
                 if self.queue_place() is None:
                     return "has just ended by itself"
                 remove_from_queue(self)
-                events.append(self.events_path, events.Stopped(step=self.status().step))
+                launched = any(isinstance(event, events.Launched) for event in self.events()[0])
+                # A run that has ended before keeps that ending.
+                events.append(
+                    self.events_path,
+                    events.Note(text="taken out of the queue") if launched else events.Stopped(step=0),
+                )
                 return "taken out of the queue"
         # The worker looks for the file between passes, steps and tokens; a signal would kill one that is still starting.
         return "saving and stopping after the current step"

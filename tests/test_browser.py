@@ -187,6 +187,7 @@ def test_a_wrong_file_is_told_and_nothing_of_it_runs(page, lab):
     )
     page.goto(url)
     tab(page, "Data")
+    expect(page.locator("#report")).to_contain_text("usable rows")
     upload(page, rows)
     expect(page.locator("#problems")).to_contain_text("no response")
     expect(page.locator("#use-dataset")).to_be_disabled()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_worker_variants import VARIANTS
+from test_worker_variants import VARIANTS, narrow
 from tiny_models import StopAfter, adapter, eval_losses, losses, make_run, said, train_here
 
 from qlora_core import events
@@ -78,7 +78,11 @@ def test_out_of_memory_makes_smaller_passes_and_the_same_losses(tmp_path: Path) 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_learns_and_resumes_on_a_gpu(variant: str, tmp_path: Path) -> None:
     """Ranks high enough that 8-bit states are in 8 bits and large enough to be paged; sums on a GPU may differ in their order."""
-    config = {"rank": 64, "lora_alpha": 32, "save_steps": 2, "compute_dtype": "fp32"} | VARIANTS[variant]
+    config = (
+        {"rank": 64, "lora_alpha": 32, "save_steps": 2, "compute_dtype": "fp32"}
+        | VARIANTS[variant]
+        | narrow(VARIANTS[variant])
+    )
     whole = trained(tmp_path / "whole", **config)
     found = eval_losses(whole)
     assert found[6] < found[0] - 0.05

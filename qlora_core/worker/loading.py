@@ -116,6 +116,12 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
         dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
         original = load_base(Path(model.name_or_path), config, device=CPU, dtype=dtype, four_bit=False)
         begin_with_what_4_bits_lost(adapted, original)
+    narrow = {len(p) for name, p in adapted.named_parameters() if "lora_A" in name and len(p) != config.rank}
+    if narrow:  # the singular vectors of a layer are no more than its narrower side
+        raise ConfigError(
+            f"init_lora_weights is {config.init_lora_weights!r} with rank {config.rank}: some layers of {base_name} can give "
+            f"{min(narrow)} directions only; set rank to {min(narrow)} or less, or init_lora_weights to default"
+        )
     for parameter in trainable_parameters(adapted):  # orthogonal leaves the base's number type
         parameter.data = parameter.data.float()
     # What loads the adapter looks the base up by this: a name that others know, not a path of this machine.
@@ -128,8 +134,8 @@ def begin_with_what_4_bits_lost(adapted: Any, original: PreTrainedModel) -> None
     """LoftQ with one iteration (https://arxiv.org/abs/2310.08659): of each quantised layer, the rank-r matrices B and A
     for which scale * B·A is nearest to original - quantised weight (truncated SVD)."""
     for name, layer in adapted.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), Linear4bit):
+            continue  # a layer that kept its 16 bits has lost nothing: its adapter begins as plain ones do
         weight = original.get_submodule(name).weight
         weight = weight.T if isinstance(original.get_submodule(name), Conv1D) else weight
         quantised = dequantize_module_weight(layer.get_base_layer())
