@@ -199,6 +199,7 @@ def test_a_wrong_file_is_told_and_nothing_of_it_runs(page, lab):
 def test_problems_stand_beside_start_until_they_are_mended(page, lab):
     page.goto(lab[0])
     tab(page, "Train")
+    expect(page.locator("#train-dataset")).to_contain_text("support_tickets.jsonl")
     fill(page, "rank", "0")
     expect(page.locator("#train-problems")).to_contain_text("rank is 0")
     fill(page, "rank", "8")
