@@ -293,14 +293,13 @@ class Training:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to fit: base weights, rows, and the settings that shape the steps."""
-        shaping = {
-            spec.name: value
+        shaping = [
+            spec.name
             for spec in fields(self.config)
-            if (spec.metadata["group"] in SHAPING_GROUPS and spec.name not in NOT_SHAPING)
-            or spec.name == "max_seq_length"
-            for value in [self.config.to_json()[spec.name]]
-        }
-        return shaping | {
+            if spec.metadata["group"] in SHAPING_GROUPS and spec.name not in NOT_SHAPING
+        ]
+        config = self.config.to_json()
+        return {name: config[name] for name in (*shaping, "max_seq_length")} | {
             "base model": self.base.name,
             "weights of the base model (SHA-256)": models.weights_sha256(self.base),
             "training rows (SHA-256)": self.run.dataset().train_fingerprint,
