@@ -20,6 +20,7 @@ from qlora_core.settings import Settings
 from qlora_core.targets import Architecture
 
 SECONDS = 180
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja"]
 
 
 def read(base_model: str, settings: Settings) -> Architecture:
@@ -38,6 +39,11 @@ def read(base_model: str, settings: Settings) -> Architecture:
         text = _asked(folder, base_model, settings)
         _keep(text, cached)
         return Architecture.from_json(json.loads(text))
+
+
+def tokenizer_folder(base_model: str, settings: Settings) -> Path:
+    """Where the model's tokenizer lies. Of a model on the Hub only its tokenizer is fetched. Raises ModelError."""
+    return files_of(base_model, TOKENIZER_FILES, settings, what="tokenizer")
 
 
 def files_of(base_model: str, patterns: list[str], settings: Settings, *, what: str) -> Path:

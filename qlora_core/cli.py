@@ -7,16 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import combining, events, queue
+from qlora_core import cli_data, combining, events, jobs, queue
+from qlora_core.cli_options import add_options, given_options, print_json
 from qlora_core.config import TrainConfig
-from qlora_core.data.inspection import inspect
+from qlora_core.data.hub_source import PREFIX
 from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
 from qlora_core.merging import EXPORTS, merge
@@ -36,14 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = Settings(**{**vars(settings), "home": Path(os.path.expanduser(options.home)).resolve()})
         return options.command(options, settings) or 0
     except LabError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _told(error, error.problems)
     except BrokenPipeError:  # `… | head`
         sys.stderr.close()
         return 0
     except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"{error.filename or settings.home}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return _told(error, (f"{error.filename or settings.home}: {error.strerror or error}",))
+
+
+def _told(error: Exception, problems: Sequence[str]) -> int:
+    jobs.end_with(error, problems)
+    print("\n".join(problems), file=sys.stderr)
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,14 +56,12 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object, and only it")
     common.add_argument("--home", help="folder of runs and queue (QLORA_LAB_HOME)")
 
-    command = commands.add_parser("inspect", parents=[common], help="check a dataset; lists every bad line")
-    command.add_argument("data", type=Path)
-    command.set_defaults(command=_inspect)
+    cli_data.add_commands(commands, common)
 
     command = commands.add_parser("train", parents=[common], help="train a run and follow it; Ctrl-C stops and saves")
     command.add_argument("--config", type=Path, help="YAML of settings; options win over it")
     command.add_argument("--detach", action="store_true", help="queue the run and return at once")
-    _add_config_options(command)
+    add_options(command, TrainConfig)
     command.set_defaults(command=_train)
 
     command = commands.add_parser("merge", parents=[common], help="merge a run's adapter into its base model")
@@ -94,19 +95,6 @@ def _add_combine_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_combine)
 
 
-def _add_config_options(command: argparse.ArgumentParser) -> None:
-    """Every field of TrainConfig as an option of the same name in kebab case. TrainConfig itself checks the values."""
-    for spec in fields(TrainConfig):
-        option = f"--{spec.name.replace('_', '-')}"
-        help_text = spec.metadata["help"].replace("%", "%%")
-        if spec.type is bool:
-            command.add_argument(
-                option, dest=f"config_{spec.name}", action=argparse.BooleanOptionalAction, default=None, help=help_text
-            )
-        else:
-            command.add_argument(option, dest=f"config_{spec.name}", metavar="VALUE", help=help_text)
-
-
 def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="ACTION")
     for name, function, help_text in (
@@ -137,33 +125,10 @@ def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.Argumen
     command.set_defaults(command=_diff)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1))
-
-
-def _inspect(options: argparse.Namespace, settings: Settings) -> int:
-    report = inspect(options.data, max_row_bytes=settings.max_row_bytes)
-    if options.json:
-        _print_json(report.to_json())
-        return 0
-    print(report.summary())
-    for problem in report.problems:
-        print(f"  {problem}")
-    for line, first in report.duplicates:
-        print(f"  line {line}: the same as line {first}")
-    return 0
-
-
 def _train(options: argparse.Namespace, settings: Settings) -> int:
-    values = {
-        spec.name: value
-        for spec in fields(TrainConfig)
-        if (value := getattr(options, f"config_{spec.name}")) is not None
-    }
-    if "score_fields" in values:
-        values["score_fields"] = [name.strip() for name in values["score_fields"].split(",")]
+    values = given_options(options, TrainConfig)
     for name in ("data", "eval_data"):
-        if name in values:
+        if name in values and not values[name].startswith(PREFIX):
             values[name] = str(Path(os.path.expanduser(values[name])).resolve())
     config = (
         TrainConfig.from_yaml(options.config, **values)
@@ -195,7 +160,7 @@ def _queue_and_follow(run: Run, options: argparse.Namespace, settings: Settings)
     queue.add(run)
     queue.start_next(settings)
     if options.detach:
-        _print_json(run.status().to_json()) if options.json else print(run.run_id)
+        print_json(run.status().to_json()) if options.json else print(run.run_id)
         return 0
     return _follow(run, settings, as_json=options.json)
 
@@ -206,7 +171,7 @@ def _follow(run: Run, settings: Settings, *, as_json: bool) -> int:
         _watch(run, settings)
     status, result = run.status(), run.result()
     if as_json:
-        _print_json({"status": status.to_json(), "result": result})
+        print_json({"status": status.to_json(), "result": result})
     if status.state in (FAILED, CRASHED):
         print(status.detail, file=sys.stderr)
         if status.state == CRASHED:
@@ -273,7 +238,7 @@ def _line(event: events.Event) -> str | None:
 def _merge(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
     folder = merge(run, onto=options.onto, export=options.export, report=lambda text: print(text, file=sys.stderr))
-    _print_json({"folder": str(folder)}) if options.json else print(folder)
+    print_json({"folder": str(folder)}) if options.json else print(folder)
     return 0
 
 
@@ -285,7 +250,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> int:
         except RunError as error:
             print(error, file=sys.stderr)
     if options.json:
-        _print_json({"runs": [status.to_json() for status in statuses]})
+        print_json({"runs": [status.to_json() for status in statuses]})
         return 0
     if not statuses:
         print(f"no runs in {settings.runs} yet; `make demo`, or `python -m qlora_core train --data FILE`")
@@ -300,7 +265,7 @@ def _queue(options: argparse.Namespace, settings: Settings) -> int:
         (s for run in RunStore(settings).list() if (s := run.status()).queue_place), key=lambda s: s.queue_place
     )
     if options.json:
-        _print_json({"queue": [status.to_json() for status in waiting]})
+        print_json({"queue": [status.to_json() for status in waiting]})
         return 0
     for status in waiting:
         print(f"{status.queue_place}. {status.run_id}")
@@ -311,7 +276,7 @@ def _queue(options: argparse.Namespace, settings: Settings) -> int:
 
 def _start_next(options: argparse.Namespace, settings: Settings) -> int:
     started = [run.run_id for run in queue.start_next(settings)]
-    _print_json({"started": started}) if options.json else print("\n".join(started))
+    print_json({"started": started}) if options.json else print("\n".join(started))
     return 0
 
 
@@ -319,7 +284,7 @@ def _show(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
     status = run.status()
     if options.json:
-        _print_json({"status": status.to_json(), "config": run.config().to_json(), "result": run.result()})
+        print_json({"status": status.to_json(), "config": run.config().to_json(), "result": run.result()})
         return 0
     print(f"{status.run_id}\n{status.state}: {status.detail}\n\n{run.config().to_yaml()}")
     result = run.result()
@@ -334,7 +299,7 @@ def _diff(options: argparse.Namespace, settings: Settings) -> int:
     runs = [RunStore(settings).get(name) for name in (options.run, options.other)]
     found = run_differences(*runs)
     if options.json:
-        _print_json({"runs": [run.run_id for run in runs], "differences": [entry._asdict() for entry in found]})
+        print_json({"runs": [run.run_id for run in runs], "differences": [entry._asdict() for entry in found]})
         return 0
     for entry in found:
         first, second = entry.words()
@@ -347,7 +312,7 @@ def _diff(options: argparse.Namespace, settings: Settings) -> int:
 def _stop(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
     what = run.request_stop()
-    _print_json({"run_id": run.run_id, "detail": what}) if options.json else print(f"{run.run_id}: {what}")
+    print_json({"run_id": run.run_id, "detail": what}) if options.json else print(f"{run.run_id}: {what}")
     return 0
 
 
@@ -361,7 +326,7 @@ def _resume(options: argparse.Namespace, settings: Settings) -> int:
 def _delete(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
     RunStore(settings).delete(run)
-    _print_json({"deleted": run.run_id}) if options.json else print(f"{run.run_id}: deleted")
+    print_json({"deleted": run.run_id}) if options.json else print(f"{run.run_id}: deleted")
     return 0
 
 

@@ -4,6 +4,7 @@ LabError
 ├── ConfigError      settings of a run that cannot work, all of them at once
 ├── DatasetError     a file that cannot be trained on, with line numbers
 ├── ModelError       a base model that cannot be found, read or used
+├── HubError         a repository that cannot be read or written
 ├── DeviceError      hardware or driver that cannot do what was asked
 ├── RunError         a run that does not exist or is in the wrong state
 └── TrainingError    a run that cannot go on: memory, a loss that is not finite
@@ -30,6 +31,10 @@ class DatasetError(LabError):
 
 
 class ModelError(LabError):
+    pass
+
+
+class HubError(LabError):
     pass
 
 

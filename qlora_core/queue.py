@@ -162,7 +162,8 @@ def _devices_for(run: Run) -> list[str]:
 
 def worker_environment(settings: Settings, *, device: str) -> dict[str, str]:
     """What a worker process sees: no token, no network, the one device it may use."""
-    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    # A job of the page keeps torch out of itself (jobs.py); its worker needs it.
+    environment = {name: value for name, value in os.environ.items() if name not in (*SECRETS, "USE_TORCH")}
     return environment | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",

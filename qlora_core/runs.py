@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora_core import events, models, trackers
 from qlora_core.config import TrainConfig
+from qlora_core.data.locate import locate
 from qlora_core.data.stored import StoredDataset, store
 from qlora_core.errors import ConfigError, RunError
 from qlora_core.events import Event
@@ -162,12 +163,9 @@ class RunStore:
             raise ConfigError(without_tracker)
         with self.new_folder() as folder:
             # The dataset first: a typo in its name must not cost the download of a model.
-            dataset = store(
-                config,
-                folder / "dataset",
-                max_row_bytes=self.settings.max_row_bytes,
-                max_rows=self.settings.max_rows,
-            )
+            located = locate(config, self.settings, token=token)
+            dataset = store(located, folder / "dataset", limits=self.settings.limits, max_rows=self.settings.max_rows)
+            config = located.config
             model = models.resolve(config.base_model, self.settings, token=token)
             return self.publish(folder, config, model, [dataset.train_fingerprint, dataset.eval_fingerprint])
 

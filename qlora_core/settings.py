@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_core.data.files import Limits
 from qlora_core.errors import ConfigError
 
 
@@ -30,6 +31,15 @@ class Settings:
         1_000_000, env="QLORA_LAB_MAX_ROW_BYTES", help="longest line of a dataset file that is read"
     )
     max_rows: int = _setting(5_000_000, env="QLORA_LAB_MAX_ROWS", help="most rows of a dataset that are trained on")
+    max_dataset_bytes: int = _setting(
+        20_000_000_000,
+        env="QLORA_LAB_MAX_DATASET_BYTES",
+        help="largest dataset file once it is unpacked; where a gzip or Parquet bomb stops",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_row_bytes, self.max_dataset_bytes)
 
     @property
     def runs(self) -> Path:

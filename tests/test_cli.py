@@ -187,6 +187,8 @@ def test_every_setting_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for spec in fields(TrainConfig):
         if spec.name == "init_lora_weights":
             others[spec.name] = "orthogonal"  # the one that goes with every method and quantisation
+        elif spec.name == "template":
+            others[spec.name] = "chatml"
         elif "choices" in spec.metadata:
             others[spec.name] = next(choice for choice in reversed(spec.metadata["choices"]) if choice != spec.default)
         elif spec.type is bool:

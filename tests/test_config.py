@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.config import TARGET_PRESETS, TrainConfig, replace
+from qlora_core.config import TARGET_PRESETS, TEMPLATES, TrainConfig, replace
 from qlora_core.errors import ConfigError
 
 
@@ -17,6 +17,8 @@ def strategy(spec: Any) -> st.SearchStrategy[Any]:
     """Valid values of a field, from its own limits."""
     limits, kind = spec.metadata, str(spec.type)
     names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+    if spec.name == "template":
+        return st.sampled_from([*TEMPLATES, "{% for m in messages %}\n{{ m.content }}: é\n{% endfor %}"])
     if "choices" in limits:
         values: st.SearchStrategy[Any] = st.sampled_from(limits["choices"])
     elif spec.type is bool:

@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.config import TrainConfig
+from qlora_core.data.files import Limits
+from qlora_core.data.formats import form_of, read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
-from qlora_core.data.rows import Example, Message, form_of, read_rows
+from qlora_core.data.locate import locate
+from qlora_core.data.rows import Example, Message
 from qlora_core.data.stored import StoredDataset, read_stored, store
 from qlora_core.errors import DatasetError
+from qlora_core.settings import Settings
 
 LIMIT = 1_000_000
 GOOD = b'{"instruction": "Say hi", "output": "hi"}'
@@ -26,7 +30,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", 
 def inspected(folder: Path, content: bytes, *, limit: int = LIMIT) -> DatasetReport:
     path = folder / "rows.jsonl"
     path.write_bytes(content)
-    return inspect(path, max_row_bytes=limit)
+    return inspect(path, limits=Limits(limit))
 
 
 def lines_in(content: bytes) -> int:
@@ -34,8 +38,8 @@ def lines_in(content: bytes) -> int:
 
 
 def stored_in(folder: Path, data: Path, **settings_: object) -> StoredDataset:
-    config = TrainConfig(data=str(data), **settings_)
-    return store(config, folder, max_row_bytes=LIMIT, max_rows=1000)
+    located = locate(TrainConfig(data=str(data), **settings_), Settings())
+    return store(located, folder, limits=Limits(LIMIT), max_rows=1000)
 
 
 # --- the three forms -------------------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def stored_in(folder: Path, data: Path, **settings_: object) -> StoredDataset:
 def test_each_form_becomes_one_conversation(
     tmp_path: Path, row: dict[str, object], messages: list[tuple[str, str]], extra: str
 ) -> None:
-    (example,) = read_rows(write_rows(tmp_path / "rows.jsonl", [row]), max_row_bytes=LIMIT)
+    (example,) = read_rows(write_rows(tmp_path / "rows.jsonl", [row]))[1]
     assert isinstance(example, Example)
     assert example.messages == tuple(Message(*message) for message in messages)
     assert (example.input, example.form, example.reference) == (extra, form_of(row), "c")
@@ -91,12 +95,10 @@ def zipped() -> bytes:
         (b"\n \r\n\t\n", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
         (b"\x7fELF\x02\x01\x01\x00\x00\x00", "binary file"),
-        (gzip.compress(GOOD), "gzip"),
+        (gzip.compress(gzip.compress(GOOD)), "gzip twice"),
         (zipped(), "zip archive"),
-        (b"PAR1\x15\x04\x15", "Parquet"),
+        (b"PAR1\x15\x04\x15", "cannot be read as Parquet"),
         ("{}".encode("utf-16"), "UTF-16"),
-        (b"[\n" + GOOD + b"\n]", "jq -c"),
-        (b"\xef\xbb\xbf [" + GOOD + b"]", "JSON array"),
     ],
 )
 def test_another_kind_of_file_is_named_with_its_remedy(tmp_path: Path, content: bytes, says: str) -> None:
@@ -107,9 +109,9 @@ def test_another_kind_of_file_is_named_with_its_remedy(tmp_path: Path, content: 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such file"):
-        inspect(tmp_path / "missing.jsonl", max_row_bytes=LIMIT)
+        inspect(tmp_path / "missing.jsonl")
     with pytest.raises(DatasetError, match="is a folder"):
-        inspect(tmp_path, max_row_bytes=LIMIT)
+        inspect(tmp_path)
 
 
 def test_rows_after_many_blank_lines_are_found(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_rows_after_many_blank_lines_are_found(tmp_path: Path) -> None:
         (b"17", "not an object", "JSON number"),
         (b"9" * 5000, "not JSON", "digits"),
         (b"{}", "unknown columns", "none"),
-        (b'{"text": "a", "\\ud800": 1}', "unknown columns", "'text'"),
+        (b'{"words": "a", "\\ud800": 1}', "unknown columns", "'words'"),
         (b'{"prompt": "a"}', "unknown columns", "'prompt'"),
         (b'{"instruction": "a"}', "no response", "'output'"),
         (b'{"instruction": "a", "output": "b", "output": "c"}', "duplicate key", "'output'"),
@@ -260,22 +262,23 @@ def test_every_line_is_a_row_a_problem_or_blank(
     assert all(str(problem).encode() for problem in report.problems)
 
 
-@pytest.mark.parametrize("rows", [1, 25])
+@pytest.mark.parametrize("rows", [1, 75])
 def test_memory_stays_far_below_the_size_of_the_file(tmp_path: Path, rows: int) -> None:
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:
         for number in range(rows):
             row = b'{"instruction": "%d", "output": "' % number
-            file.write(row + b"x" * (20_000_000 // rows - 100) + b'"}\n')
+            file.write(row + b"x" * (60_000_000 // rows - 100) + b'"}\n')
         file.write(GOOD + b"\n")
     tracemalloc.start()
     try:
-        report = inspect(path, max_row_bytes=LIMIT)
+        report = inspect(path)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert report.rows + len(report.problems) == rows + 1
-    assert peak_bytes < 8_000_000 < path.stat().st_size
+    # A few copies of the largest row that may be; what it grows with is the row, not the file.
+    assert peak_bytes < 16 * LIMIT < path.stat().st_size
 
 
 # --- a run's own copy --------------------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def test_fingerprint_follows_the_content_and_not_the_layout(tmp_path: Path) -> N
 
 
 def test_rows_with_problems_are_refused_unless_asked_and_then_listed(tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", [alpaca(1), [], alpaca(3), {"text": "x"}, alpaca(5)])
+    data = write_rows(tmp_path / "rows.jsonl", [alpaca(1), [], alpaca(3), {"words": "x"}, alpaca(5)])
     with pytest.raises(DatasetError) as error:
         stored_in(tmp_path / "run", data)
     assert error.value.problems[0].startswith("rows.jsonl: 2 of 5 rows have problems")
@@ -351,8 +354,8 @@ def test_dataset_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> N
         stored_in(tmp_path / "run", write_rows(tmp_path / "none.jsonl", [{}, {}]), skip_bad_rows=True)
     with pytest.raises(DatasetError, match="1,001 rows, the limit is 1,000"):
         stored_in(tmp_path / "run", write_rows(tmp_path / "many.jsonl", [alpaca(i) for i in range(1001)]))
-    with pytest.raises(DatasetError, match="name a JSONL file"):
-        store(TrainConfig(), tmp_path / "run", max_row_bytes=LIMIT, max_rows=10)
+    with pytest.raises(DatasetError, match="name a file"):
+        locate(TrainConfig(), Settings())
 
 
 def test_two_rows_give_one_to_train_and_one_to_evaluate(tmp_path: Path) -> None:
@@ -386,7 +389,7 @@ def test_what_a_person_should_know_of_the_rows_is_said(tmp_path: Path) -> None:
 
 
 def test_columns_that_training_does_not_use_are_counted(tmp_path: Path) -> None:
-    rows = [alpaca(1) | {"system": "Be brief."}, alpaca(2) | {"system": "Be kind.", "response": "x"}, alpaca(3)]
-    report = inspect(write_rows(tmp_path / "rows.jsonl", rows), max_row_bytes=10_000)
-    assert report.ignored_columns == {"system": 2, "response": 1}
-    assert "not used: system, response" in report.summary()
+    rows = [alpaca(1) | {"id": "Be brief."}, alpaca(2) | {"id": "Be kind.", "response": "x"}, alpaca(3)]
+    report = inspect(write_rows(tmp_path / "rows.jsonl", rows))
+    assert report.ignored_columns == {"id": 2, "response": 1}
+    assert "not used: id, response" in report.summary()

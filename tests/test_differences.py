@@ -37,7 +37,7 @@ def another(name: str, value: Any) -> Any:
     if "tuple" in str(spec.type):
         return ("q_proj",)
     if "str" in str(spec.type):
-        return "other"
+        return "chatml" if name == "template" else "other"
     return limits["most"] if value != limits["most"] else limits["most"] / 2
 
 

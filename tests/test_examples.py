@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 from tiny_models import model_folder
 
 from qlora_core.cli import main
@@ -82,3 +84,14 @@ def test_configs_name_only_settings_that_differ_from_the_defaults_or_say_why_the
         values, default = yaml.safe_load(path.read_text()), TrainConfig().to_json()
         repeated = {name for name, value in values.items() if default[name] == value} - shown
         assert not repeated, f"{path.name}: {sorted(repeated)}"
+
+
+def test_the_benchmark_of_data_runs(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / "data.py"), "--rows", "2000", "--small-rows", "300"]
+    finished = subprocess.run(
+        [*command, "--base-model", str(model_folder())],
+        cwd=ROOT, env=os.environ | {"QLORA_LAB_HOME": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "inspect 2,000 rows" in finished.stdout and "2 problems, 20 duplicates" in finished.stdout
+    assert "the same again, 300 rows" in finished.stdout and "near duplicates of 2,000 rows" in finished.stdout

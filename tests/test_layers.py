@@ -93,7 +93,7 @@ from qlora_core.data.rows import Example, Message
 from qlora_core.tokens import load_tokenizer, prompt_ids, render
 tokenizer = load_tokenizer(Path({str(tmp_path)!r}))
 example = Example(1, (Message("user", "a"), Message("assistant", "b")))
-assert render(example, tokenizer, max_seq_length=100).end_supervised and prompt_ids(example, tokenizer)
+assert render(example, tokenizer).end_supervised(100) and prompt_ids(example, tokenizer)
 print(sorted({HEAVY | {"gradio"}!r} & sys.modules.keys()))
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -7,7 +7,8 @@ from helpers import CHATML, alpaca, tokenizer_folder, write_rows
 
 from qlora_core import config as settings
 from qlora_core.config import TrainConfig
-from qlora_core.data.rows import Example, Message, read_rows
+from qlora_core.data.formats import read_rows
+from qlora_core.data.rows import Example, Message
 from qlora_core.data.sample import MARKS, RowFacts, marks_in, sample
 from qlora_core.planner.facts import GIB, Device, Facts, length_for, rank_for, rough_bytes
 from qlora_core.planner.findings import NOTE, STOP, WARN, findings
@@ -218,7 +219,7 @@ def test_several_templates_in_one_file_are_worse_than_one():
 def test_a_sample_of_rows_has_what_the_findings_need(tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "chatml", chat_template=CHATML))
     path = write_rows(tmp_path / "rows.jsonl", [alpaca(1), {"bad": 1}, alpaca(2, input="[INST] x [/INST]")])
-    found = sample((row for row in read_rows(path, max_row_bytes=10**6) if isinstance(row, Example)), tokenizer)
+    found = sample((row for row in read_rows(path)[1] if isinstance(row, Example)), tokenizer)
     assert found.lines == (1, 3) and found.marks == {"Llama 2 ([INST])": (3,)} and found.refused == ()
     for length, first, end in zip(found.tokens, found.first_supervised, found.end_supervised, strict=True):
         assert 0 < first < end < length

@@ -33,9 +33,12 @@ from qlora_core.cli import parser
 from qlora_core.config import TrainConfig
 from qlora_core.runs import RunStore
 from qlora_core.ui import form, preview, publish_tab, run_view, words
-from qlora_core.ui.data_tab import Chosen, DataTab, example, turn
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.data_tab import DataTab, example, turn
+from qlora_core.ui.preview import How
 from qlora_core.ui.runs_tab import RunsTab
 from qlora_core.ui.train_tab import TrainTab
+from qlora_core.ui.uploads import keep_upload, safe_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
@@ -209,7 +212,7 @@ import app
 from pathlib import Path
 from qlora_core.settings import Settings
 import gradio as gr
-from qlora_core.ui.data_tab import Chosen, DataTab
+from qlora_core.ui.data_tab import DataTab
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.runs_tab import RunsTab
 assert "torch" not in sys.modules, "import app"
@@ -217,9 +220,11 @@ settings = Settings(home=Path({str(tmp_path)!r}) / "home", locks=Path({str(tmp_p
 app.build_app(settings)
 with gr.Blocks(analytics_enabled=False):
     data, train, runs = DataTab(settings), TrainTab(settings), RunsTab(settings, gr.HTML())
-chosen = data.take_upload({str(rows)!r})[1]
-assert "lab-tokens" in data.show_row(chosen, 1, {base!r}, 512)[0]
-data.show_lengths(chosen, {base!r}, 512)
+chosen = data.take_upload([{str(rows)!r}])[data.chosen]
+how = ({base!r}, "model", "all_responses")
+assert "lab-tokens" in data.show_row(chosen, 1, *how, 512)[0]
+data.show_lengths(chosen, *how, 512)
+assert data.find_row(chosen, 1, "answer")[0]
 values = [component.value for component in train.inputs]
 assert train.check(chosen, *values)[1]
 train.begin(chosen, *values)
@@ -234,27 +239,27 @@ assert "torch" not in sys.modules, "handlers"
 
 def test_the_page_opens_with_a_dataset_that_can_be_trained_on(tmp_path):
     tab = built(DataTab, settings_in(tmp_path))
-    chosen, row, report, problems, _, use = tab.first_look()
-    assert chosen.is_example and chosen.rows > 0 and row == 1
-    assert "support_tickets.jsonl" in report and problems == "" and use.interactive
+    found = tab.first_look()
+    assert found[tab.chosen].is_example and found[tab.chosen].rows > 0 and found[tab.row] == 1
+    assert "support_tickets.jsonl" in found[tab.report] and found[tab.problems] == "" and found[tab.use].interactive
 
 
 def test_an_upload_with_problems_lists_them_and_waits_for_a_decision(tmp_path):
     path = write_rows(tmp_path / "mixed.jsonl", [alpaca(1), alpaca(2), {"instruction": "no answer"}])
     tab = built(DataTab, settings_in(tmp_path))
-    _, chosen, _, _, problems, skip, use = tab.take_upload(str(path))
-    assert "no response" in problems and ">3<" in problems
-    assert skip.visible and not use.interactive
-    chosen, use = tab.set_skip(chosen, True)
+    found = tab.take_upload([str(path)])
+    assert "no response" in found[tab.problems] and ">3<" in found[tab.problems]
+    assert found[tab.skip].visible and not found[tab.use].interactive
+    chosen, use = tab.set_skip(found[tab.chosen], True)
     assert use.interactive and chosen.config_fields()["skip_bad_rows"]
 
 
 def test_a_file_that_is_no_dataset_says_what_it_is(tmp_path):
     (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04rest")
     tab = built(DataTab, settings_in(tmp_path))
-    _, chosen, _, _, problems, _, use = tab.take_upload(str(tmp_path / "sheet.xlsx"))
-    assert "zip archive or spreadsheet" in problems
-    assert chosen.path == "" and not use.interactive
+    found = tab.take_upload([str(tmp_path / "sheet.xlsx")])
+    assert "zip archive or spreadsheet" in found[tab.problems]
+    assert found[tab.chosen].path == "" and not found[tab.use].interactive
 
 
 @pytest.mark.parametrize("name", ["../../evil.jsonl", "..", "a b;rm -rf.jsonl", "é.jsonl"])
@@ -262,50 +267,57 @@ def test_an_upload_stays_below_the_uploads_folder(tmp_path, name):
     source = tmp_path / "source"
     source.write_text("{}")
     settings = settings_in(tmp_path)
-    assert "/" not in preview.safe_name(name) and preview.safe_name(name).strip(".")
-    kept = preview.keep_upload(source, settings)
+    assert "/" not in safe_name(name) and safe_name(name).strip(".")
+    kept = keep_upload(source, settings)
     assert kept.is_relative_to(settings.home / "uploads") and kept.read_text() == "{}"
-    assert preview.keep_upload(source, settings) == kept
+    assert keep_upload(source, settings) == kept
 
 
 def test_a_reload_takes_up_the_upload_that_the_browser_remembers_and_nothing_else(tmp_path):
     path = write_rows(tmp_path / "mine.jsonl", [alpaca(1), alpaca(2)])
     tab = built(DataTab, settings_in(tmp_path))
-    remembered, chosen, *_ = tab.take_upload(str(path))
-    assert tab.first_look(remembered)[0].path == chosen.path
+    found = tab.take_upload([str(path)])
+    remembered = found[tab.remembered]
+    assert tab.first_look(remembered)[tab.chosen].path == found[tab.chosen].path
     (tmp_path / "home" / "secret").write_text("{}")
     for other in (
         "",
-        "gone/mine.jsonl",
-        "../secret",
-        str(path),
+        "upload:gone/mine.jsonl",
+        "upload:../secret",
+        f"upload:{path}",
         f"{remembered.split('/')[0]}/../../secret",
+        "set:../uploads",
+        "set:..",
+        "job:../uploads",
         "\0",
         None,
     ):
-        assert tab.first_look(other)[0].is_example, other
+        assert tab.first_look(other)[tab.chosen].is_example, other
 
 
 def test_cell_content_is_never_html(tmp_path, base):
     path = write_rows(tmp_path / "evil.jsonl", [alpaca(1, instruction=EVIL, output=EVIL), {EVIL: 1}])
     tab = built(DataTab, settings_in(tmp_path))
-    _, chosen, _, report, problems, *_ = tab.take_upload(str(path))
-    shown, _ = tab.show_row(chosen, 1, base, 512)
-    for text in (report, problems, shown):
+    found = tab.take_upload([str(path)])
+    shown, _ = tab.show_row(found[tab.chosen], 1, base, "model", "all_responses", 512)
+    _, place = tab.show_found(found[tab.chosen], 1, base, "model", "all_responses", 512, EVIL + "?")
+    for text in (found[tab.report], found[tab.problems], found[tab.columns_why], shown, place):
         assert "<img" not in text
-    assert "&lt;" in shown and "&lt;img" in problems
+    assert "&lt;" in shown and "&lt;img" in found[tab.problems] and "&lt;img" in place
 
 
 def test_tokens_show_what_is_trained_on_and_what_is_cut(tmp_path, base, rows):
     settings = settings_in(tmp_path)
-    whole = preview.row_html(rows, 1, base_model=base, max_seq_length=512, settings=settings)
+    chosen = Chosen(str(rows), rows=12)
+    whole = preview.row_html(chosen, 1, How(base), max_seq_length=512, settings=settings)
     assert 'class="on"' in whole and 'class="off special"' in whole and "cut" not in whole
-    cut = preview.row_html(rows, 1, base_model=base, max_seq_length=8, settings=settings)
+    cut = preview.row_html(chosen, 1, How(base), max_seq_length=8, settings=settings)
+    assert "cut here" in cut
     assert "off cut" in cut and "Nothing of this row is trained on" in cut
 
 
 def test_lengths_count_the_rows_that_would_be_cut(tmp_path, base, rows):
-    found = preview.lengths(rows, base, settings_in(tmp_path))
+    found = preview.lengths(Chosen(str(rows)), How(base), settings_in(tmp_path))
     assert len(found.tokens) == 12
     longest = max(found.tokens)
     assert preview.lengths_sentence(found, rows=12, max_seq_length=longest).startswith("No row is longer")
@@ -541,9 +553,10 @@ def test_a_merge_that_cannot_be_says_why(tmp_path, run):
 
 def test_train_form_says_at_once_what_the_data_tab_blocks(tmp_path, base):
     data, train = built(DataTab, settings_in(tmp_path)), built(TrainTab, settings_in(tmp_path))
-    _, chosen, *_ = data.take_upload(str(write_rows(tmp_path / "bad.jsonl", [alpaca(1), {}, alpaca(2)])))
+    bad = data.take_upload([str(write_rows(tmp_path / "bad.jsonl", [alpaca(1), {}, alpaca(2)]))])
+    chosen = bad[data.chosen]
     assert "bad.jsonl has 1 row that cannot be trained on" in train.check(chosen, *values_of(train))[2]
     allowed, _ = data.set_skip(chosen, True)
     assert train.check(allowed, *values_of(train))[2] == ""
-    _, lone, *_ = data.take_upload(str(write_rows(tmp_path / "one.jsonl", [alpaca(1)])))
+    lone = data.take_upload([str(write_rows(tmp_path / "one.jsonl", [alpaca(1)]))])[data.chosen]
     assert "one.jsonl has one usable row" in train.check(lone, *values_of(train))[2]

@@ -16,8 +16,11 @@ from qlora_core import architecture
 from qlora_core.config import TrainConfig
 from qlora_core.targets import Architecture, Layer
 from qlora_core.ui import form, preview
-from qlora_core.ui.data_tab import Chosen, DataTab, example
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.data_tab import DataTab, example
+from qlora_core.ui.preview import How
 from qlora_core.ui.train_tab import TrainTab
+from qlora_core.ui.uploads import keep_upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
@@ -160,7 +163,7 @@ def saved(tab, chosen, values, folder):
 
 
 def test_settings_come_back_as_they_were_saved(tab, base, tmp_path, chosen):
-    kept = preview.keep_upload(tmp_path / "rows.jsonl", settings_in(tmp_path))
+    kept = keep_upload(tmp_path / "rows.jsonl", settings_in(tmp_path))
     mine = Chosen(str(kept), rows=400)
     values = values_of(
         tab, base, name="über/run 1", rank=32, target_modules="q_proj, v_proj", lora_alpha="24", score_fields="a, b",
@@ -226,9 +229,9 @@ def test_the_data_tab_and_the_findings_look_at_the_same_rows(tmp_path, base, cho
     """One rendering serves both: the sentence on the Data tab and the finding count alike."""
     with gr.Blocks(analytics_enabled=False):
         data, train = DataTab(settings_in(tmp_path)), TrainTab(settings_in(tmp_path))
-    found = preview.lengths(tmp_path / "rows.jsonl", base, settings_in(tmp_path))
+    found = preview.lengths(Chosen(str(tmp_path / "rows.jsonl")), How(base), settings_in(tmp_path))
     cut = max(found.tokens) - 1
-    sentence, _ = data.show_lengths(chosen, base, cut)
+    sentence, _ = data.show_lengths(chosen, base, "model", "all_responses", cut)
     train.look(chosen, base)
     told = train.check(chosen, *values_of(train, base, max_seq_length=cut))[4]
     count = re.search(r"(\d+ rows? \([\d.]+%\)) would be cut", sentence)[1]

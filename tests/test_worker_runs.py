@@ -32,6 +32,7 @@ from qlora_core.data.stored import read_stored
 from qlora_core.errors import TrainingError
 from qlora_core.run_status import CRASHED, FAILED, FINISHED, RUNNING, STOPPED
 from qlora_core.runs import Run, RunStore
+from qlora_core.token_cache import make_table
 from qlora_core.tokens import load_tokenizer, render
 from qlora_core.worker import checkpoints
 from qlora_core.worker.batches import Row
@@ -89,7 +90,7 @@ def assert_same_end(run: Run, undisturbed: Run) -> None:
 def test_the_adapter_loads_on_the_base_and_gives_the_recorded_loss(uninterrupted: Run) -> None:
     run = uninterrupted
     tokenizer = load_tokenizer(run.adapter)
-    rows = [Row.of(render(e, tokenizer, max_seq_length=512)) for e in read_stored(run.path / "dataset" / "eval.jsonl")]
+    rows = list(Row.all_of(make_table(read_stored(run.path / "dataset" / "eval.jsonl"), tokenizer), 512))
     base = AutoModelForCausalLM.from_pretrained(run.base_model().folder, dtype=torch.float32)
     for step, load in ((0, lambda: base), (60, lambda: PeftModel.from_pretrained(base, run.adapter))):
         found, tokens = evaluation_loss(load(), rows, token_budget=64, packed=False, device=torch.device("cpu"))
@@ -136,11 +137,9 @@ def test_every_step_is_told_with_its_numbers(uninterrupted: Run) -> None:
     assert [event.epoch for event in steps[:3]] == pytest.approx([1 / 3, 2 / 3, 1])
     epoch = steps[:3]
     tokenizer = load_tokenizer(uninterrupted.adapter)
-    rendered = [
-        render(e, tokenizer, max_seq_length=512) for e in read_stored(uninterrupted.path / "dataset" / "train.jsonl")
-    ]
+    rendered = [render(e, tokenizer) for e in read_stored(uninterrupted.path / "dataset" / "train.jsonl")]
     assert sum(event.tokens for event in epoch) == sum(len(row.token_ids) for row in rendered)
-    assert sum(event.supervised_tokens for event in epoch) == sum(row.supervised_tokens for row in rendered)
+    assert sum(event.supervised_tokens for event in epoch) == sum(row.supervised_tokens(512) for row in rendered)
     assert all(event.peak_allocated_bytes is None and event.peak_host_bytes for event in steps)
 
 

@@ -27,7 +27,8 @@ from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, RunError, TrainingError
 from qlora_core.run_status import FINISHED, STOPPED
 from qlora_core.runs import Run
-from qlora_core.tokens import load_tokenizer, render
+from qlora_core.token_cache import make_table
+from qlora_core.tokens import load_tokenizer
 from qlora_core.worker import loading
 from qlora_core.worker.batches import Row, make_pass
 from qlora_core.worker.evaluation import evaluation_loss
@@ -61,7 +62,7 @@ def loss_when_loaded(run: Run) -> float:
         loading.load_base(base.folder, config, device=CPU, dtype="fp32"), str(run.adapter)
     )
     tokenizer = load_tokenizer(run.adapter)
-    rows = [Row.of(render(e, tokenizer, max_seq_length=512)) for e in read_stored(run.path / "dataset" / "eval.jsonl")]
+    rows = list(Row.all_of(make_table(read_stored(run.path / "dataset" / "eval.jsonl"), tokenizer), 512))
     return evaluation_loss(model, rows, token_budget=1000, packed=True, device=CPU)[0]
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from qlora_core.data.stored import read_stored
 from qlora_core.runs import Run
-from qlora_core.tokens import load_tokenizer, render
+from qlora_core.token_cache import make_table
+from qlora_core.tokens import load_tokenizer
 from qlora_core.worker.batches import Row, step_rows
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
@@ -29,7 +30,7 @@ def rows_of(run: Run, name: str) -> list[Row]:
     """The rows that hold something to learn."""
     tokenizer = load_tokenizer(run.base_model().folder)
     examples = read_stored(run.path / "dataset" / f"{name}.jsonl")
-    rows = [Row.of(render(example, tokenizer, max_seq_length=run.config().max_seq_length)) for example in examples]
+    rows = list(Row.all_of(make_table(examples, tokenizer), run.config().max_seq_length))
     return [row for row in rows if row.supervised_tokens]
 
 

@@ -1,38 +1,67 @@
-"""A file -> DatasetReport: form, counts, every bad line with its reason. Streams; memory grows only with what it lists."""
+"""A file -> DatasetReport: format, counts, every bad row with its reason. Streams; memory grows only with what it lists."""
 
+import time
+from array import array
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_core.data.rows import BlankLine, Problem, read_rows
+import numpy as np
+
+from qlora_core.data.files import DEFAULT_LIMITS, Limits, Watch, kind_of
+from qlora_core.data.formats import Detection, read_rows
+from qlora_core.data.rows import BlankLine, Example, Problem
+from qlora_core.data.scripts import scripts_of
+
+# Problems and duplicates that a report holds; a listing on disk holds all.
+LISTED = 1000
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a file holds. `duplicates` are (line, line of the first equal row); `problems` are in file order.
-    `ignored_columns` counts the rows that have a column which training does not use."""
+    """What a file holds. `duplicates` are (line, line of the first equal row), `problems` the first LISTED, both in file
+    order; `problem_lines` are all (of a report that was read back, as many as there are problems). `ignored_columns` counts
+    the rows that have a column which training does not use, `empty_fields` the rows where a column is there and empty,
+    `scripts` the rows with letters of a script."""
 
     file_name: str
     size_bytes: int
-    form: str | None
+    kind: str
+    unit: str
+    detection: Detection
     rows: int
     turns: int
+    characters: int
+    bad_rows: int
+    duplicate_rows: int
     problems: tuple[Problem, ...]
+    problem_counts: dict[str, int]
+    problem_lines: array
     blank_lines: int
     duplicates: tuple[tuple[int, int], ...]
     byte_order_mark: bool
     ignored_columns: dict[str, int]
+    empty_fields: dict[str, int]
+    scripts: dict[str, int]
+    seconds: float
+    eval_rows_also_here: int | None = None
 
     @property
-    def problem_counts(self) -> dict[str, int]:
-        return dict(Counter(problem.kind for problem in self.problems).most_common())
+    def form(self) -> str | None:
+        return self.detection.form if self.rows else None
+
+    @property
+    def read(self) -> int:
+        """Rows of the file, whatever they are; blank lines are none."""
+        return self.rows + self.bad_rows
 
     def summary(self) -> str:
         """One line: "support_tickets.jsonl · 240 rows · Alpaca columns · 0 problems · 3 duplicates"."""
         parts = [self.file_name, _counted(self.rows, "usable row"), self.form or "no known form"]
-        parts.append(_counted(len(self.problems), "problem"))
-        parts.append(_counted(len(self.duplicates), "duplicate"))
+        parts.append(_counted(self.bad_rows, "problem"))
+        parts.append(_counted(self.duplicate_rows, "duplicate"))
         if self.blank_lines:
             parts.append(_counted(self.blank_lines, "blank line"))
         if self.byte_order_mark:
@@ -42,60 +71,129 @@ class DatasetReport:
         return " · ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "file_name": self.file_name,
-            "size_bytes": self.size_bytes,
+        """The whole report; of long lists the first LISTED, and how long they are."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "problem_lines"}
+        return values | {
             "form": self.form,
-            "rows": self.rows,
-            "turns": self.turns,
-            "problem_counts": self.problem_counts,
+            "detection": asdict(self.detection),
             "problems": [{"line": p.line, "kind": p.kind, "message": p.message} for p in self.problems],
-            "blank_lines": self.blank_lines,
-            "duplicates": [{"line": line, "first_line": first} for line, first in self.duplicates],
-            "byte_order_mark": self.byte_order_mark,
-            "ignored_columns": self.ignored_columns,
+            "duplicates": [{"line": line, "first_line": first} for line, first in self.duplicates[:LISTED]],
+            "seconds": round(self.seconds, 3),
         }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DatasetReport":
+        """The same report but for what is longer than LISTED."""
+        problems = tuple(Problem(**problem, unit=values["unit"]) for problem in values["problems"])
+        pairs = tuple((pair["line"], pair["first_line"]) for pair in values["duplicates"])
+        changed = {"detection": Detection.from_json(values["detection"]), "problems": problems, "duplicates": pairs}
+        changed["problem_lines"] = array("q", (problem.line for problem in problems))
+        return cls(**{name: (values | changed)[name] for name in cls.__dataclass_fields__})
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def inspect(path: Path, *, max_row_bytes: int) -> DatasetReport:
-    """Read the whole file once. Raises DatasetError where it cannot be read as lines of text at all."""
-    rows = turns = blank = 0
+def inspect(
+    path: Path,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    columns: str = "",
+    eval_path: Path | None = None,
+    on_row: Callable[[Example], None] | None = None,
+    on_problem: Callable[[Problem], None] | None = None,
+    watch: Watch | None = None,
+) -> DatasetReport:
+    """Read the whole file once, and `eval_path`, whose rows are looked for in it, too.
+
+    `on_row` and `on_problem` get every row as it is read. Raises DatasetError where nothing of the file can be read.
+    """
+    begun = time.monotonic()
+    kind = kind_of(path)
+    detection, rows = read_rows(path, limits=limits, columns=columns, watch=watch)
+    lines, digests, problem_lines = array("q"), array("Q"), array("q")
     problems: list[Problem] = []
-    duplicates: list[tuple[int, int]] = []
-    first_line: dict[bytes, int] = {}
-    form = None
+    kinds: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    for row in read_rows(path, max_row_bytes=max_row_bytes):
-        if isinstance(row, Problem):
-            problems.append(row)
+    empty: Counter[str] = Counter()
+    scripts: Counter[str] = Counter()
+    turns = characters = blank = 0
+    for row in rows:
+        if isinstance(row, Example):
+            text = row.text
+            lines.append(row.line)
+            digests.append(short_digest(row))
+            turns += sum(message.role == "assistant" for message in row.messages)
+            characters += len(text)
+            if row.columns:
+                ignored.update(row.columns.keys())
+                empty.update(name for name, value in row.columns.items() if value is None or value == "")
+            if not row.input and "input" in detection.columns:
+                empty["input"] += 1
+            scripts.update(scripts_of(text))
+            if on_row:
+                on_row(row)
         elif isinstance(row, BlankLine):
             blank += 1
         else:
-            rows += 1
-            turns += sum(message.role == "assistant" for message in row.messages)
-            form = row.form
-            ignored.update(row.ignored)
-            # Eight bytes of the digest: a false duplicate among a million rows has a chance of 3 in 10^8.
-            key = row.digest()[:8]
-            if key in first_line:
-                duplicates.append((row.line, first_line[key]))
-            else:
-                first_line[key] = row.line
-    with path.open("rb") as file:
-        marked = file.read(3) == b"\xef\xbb\xbf"
+            kinds[row.kind] += 1
+            problem_lines.append(row.line)
+            if len(problems) < LISTED:
+                problems.append(row)
+            if on_problem:
+                on_problem(row)
+    shared = None
+    if eval_path is not None:
+        shared = _shared(digests, eval_path, limits=limits, columns=columns)
+    duplicates = _duplicates(lines, digests)
     return DatasetReport(
-        path.name,
-        path.stat().st_size,
-        form,
-        rows,
-        turns,
-        tuple(problems),
-        blank,
-        tuple(duplicates),
-        marked,
-        dict(ignored.most_common()),
+        file_name=path.name,
+        size_bytes=path.stat().st_size,
+        kind=str(kind),
+        unit=kind.unit,
+        detection=detection,
+        rows=len(lines),
+        turns=turns,
+        characters=characters,
+        bad_rows=len(problem_lines),
+        duplicate_rows=len(duplicates),
+        problems=tuple(problems),
+        problem_counts=dict(kinds.most_common()),
+        problem_lines=problem_lines,
+        blank_lines=blank,
+        duplicates=duplicates,
+        byte_order_mark=kind.byte_order_mark,
+        ignored_columns=dict(ignored.most_common()),
+        empty_fields=dict(empty.most_common()),
+        scripts=dict(scripts.most_common()),
+        seconds=time.monotonic() - begun,
+        eval_rows_also_here=shared,
     )
+
+
+def short_digest(example: Example) -> int:
+    """Eight bytes of the digest: a false duplicate among a million rows has a chance of 3 in 10^8."""
+    return int.from_bytes(example.digest()[:8])
+
+
+def _duplicates(lines: array, digests: array) -> tuple[tuple[int, int], ...]:
+    """(line, line of the first equal row), in file order. Sorting needs a tenth of the memory of a dictionary."""
+    if not lines:
+        return ()
+    line, digest = np.frombuffer(lines, np.int64), np.frombuffer(digests, np.uint64)
+    order = np.argsort(digest, kind="stable")
+    ordered = digest[order]
+    begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    first = np.repeat(order[begins], np.diff(np.r_[begins, len(order)]))
+    again = order != first
+    pairs = sorted(zip(line[order[again]].tolist(), line[first[again]].tolist(), strict=True))
+    return tuple(pairs)
+
+
+def _shared(digests: array, eval_path: Path, *, limits: Limits, columns: str) -> int:
+    """How many of the other file's rows are rows of this one."""
+    other = array(
+        "Q", (short_digest(row) for row in read_rows(eval_path, limits=limits)[1] if isinstance(row, Example))
+    )
+    return int(np.isin(np.frombuffer(other, np.uint64), np.frombuffer(digests, np.uint64)).sum()) if other else 0

@@ -1,15 +1,17 @@
-"""The first rows of a file as the model reads them -> lengths, what is learnt, marks of chat templates. Keeps no text."""
+"""Rows as the model reads them -> lengths, what is learnt, what packing saves, marks of chat templates. Keeps no text."""
 
-import math
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from qlora_core.data.rows import Example
-from qlora_core.errors import DatasetError
-from qlora_core.tokens import render
+from qlora_core.token_cache import TokenTable, make_table
+from qlora_core.tokens import ALL_RESPONSES
 
 SAMPLED_ROWS = 2000
 UNCUT = 10**9
@@ -29,9 +31,9 @@ MARKS = {
 
 @dataclass(frozen=True)
 class RowFacts:
-    """Of each sampled row its line, its tokens, the position of the first token that is learnt, and of its end token where
-    that is learnt (None: there is none). `marks`: template -> lines that carry it. `refused`: problems of rows that the
-    model's template refuses."""
+    """Of each row that was looked at its line, its tokens, the position of the first token that is learnt, and of its end
+    token where that is learnt (None: there is none). `marks`: template -> lines that carry it. `refused`: problems of rows
+    that the model's template refuses."""
 
     lines: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -40,8 +42,23 @@ class RowFacts:
     marks: dict[str, tuple[int, ...]]
     refused: tuple[str, ...]
 
+    @classmethod
+    def of(cls, table: TokenTable, marks: dict[str, list[int]]) -> "RowFacts":
+        return cls(
+            tuple(table.lines.tolist()),
+            tuple(table.lengths.tolist()),
+            tuple(first if first >= 0 else None for first in table.first_supervised().tolist()),
+            tuple(end if end >= 0 else None for end in table.end_positions.tolist()),
+            {mark: tuple(lines) for mark, lines in marks.items()},
+            tuple(row.problem for row in table.refused),
+        )
+
     def cut(self, max_seq_length: int) -> int:
         return sum(length > max_seq_length for length in self.tokens)
+
+    def cut_tokens(self, max_seq_length: int) -> int:
+        """Tokens that the cut takes away, of all rows."""
+        return sum(max(0, length - max_seq_length) for length in self.tokens)
 
     def without_response(self, max_seq_length: int) -> int:
         """Rows of which the cut leaves nothing to train on."""
@@ -63,32 +80,34 @@ class RowFacts:
 
     def length_at(self, share: float) -> int:
         """Tokens that hold this share of the rows whole; 0 without rows."""
-        ordered = sorted(self.tokens)
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0
+        return int(np.quantile(self.tokens, share, method="inverted_cdf")) if self.tokens else 0
+
+    def padding_share(self, max_seq_length: int, rows_per_step: int, seed: int) -> float:
+        """Share of a forward pass that would be padding, were the rows of a step padded to their longest instead of packed."""
+        return padding_share([min(length, max_seq_length) for length in self.tokens], rows_per_step, seed)
 
 
-def sample(examples: Iterable[Example], tokenizer: Any) -> RowFacts:
+def padding_share(lengths: Sequence[int], rows_per_step: int, seed: int) -> float:
+    """Padding tokens over all tokens of one epoch's passes, each holding a step's rows padded to the longest of them."""
+    order = list(lengths)
+    random.Random(seed).shuffle(order)
+    padded = sum(
+        len(step) * max(step) for i in range(0, len(order), rows_per_step) if (step := order[i : i + rows_per_step])
+    )
+    return 1 - sum(order) / padded if padded else 0.0
+
+
+def sample(examples: Iterable[Example], tokenizer: Any, *, loss_on: str = ALL_RESPONSES) -> RowFacts:
     """Render the first SAMPLED_ROWS examples, uncut."""
-    lines, tokens, first, ends, refused = [], [], [], [], []
     marks: dict[str, list[int]] = {}
-    for example in islice(examples, SAMPLED_ROWS):
+    looked = list(islice(examples, SAMPLED_ROWS))
+    for example in looked:
         for mark in marks_in(example):
             marks.setdefault(mark, []).append(example.line)
-        try:
-            rendered = render(example, tokenizer, max_seq_length=UNCUT)
-        except DatasetError as error:
-            refused.extend(error.problems)
-            continue
-        learnt = [i for i, on in enumerate(rendered.supervised) if on and i]
-        lines.append(example.line)
-        tokens.append(len(rendered.token_ids))
-        first.append(learnt[0] if learnt else None)
-        ends.append(learnt[-1] if learnt and rendered.end_supervised else None)
-    found = {mark: tuple(lines) for mark, lines in marks.items()}
-    return RowFacts(tuple(lines), tuple(tokens), tuple(first), tuple(ends), found, tuple(refused))
+    return RowFacts.of(make_table(looked, tokenizer, loss_on=loss_on), marks)
 
 
 def marks_in(example: Example) -> list[str]:
     """The templates whose marks the row's text carries."""
-    text = "\n".join([example.input, *(message.content for message in example.messages)])
+    text = example.text
     return [name for name, pattern in MARKS.items() if pattern.search(text)]

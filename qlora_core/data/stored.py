@@ -1,17 +1,22 @@
 """A run's own copy of its dataset: canonical rows split into train and evaluation, with fingerprint and what was left out."""
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 from qlora_core.config import TrainConfig
+from qlora_core.data.files import Limits
+from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
-from qlora_core.data.rows import Example, read_rows
+from qlora_core.data.locate import Located
+from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
 
 LISTED = 20  # problems named in an error; `inspect` lists all
@@ -32,10 +37,11 @@ class StoredDataset:
     train_fingerprint: str
     eval_fingerprint: str
     eval_source: str
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "StoredDataset":
-        values = json.loads((folder / "dataset.json").read_text())
+        values = orjson.loads((folder / "dataset.json").read_bytes())
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def remarks(self) -> list[str]:
@@ -54,82 +60,81 @@ class StoredDataset:
 
 
 def read_stored(path: Path) -> Iterator[Example]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            yield Example.from_json(json.loads(line))
+            yield Example.from_json(orjson.loads(line))
 
 
-def store(config: TrainConfig, folder: Path, *, max_row_bytes: int, max_rows: int) -> StoredDataset:
+def store(located: Located, folder: Path, *, limits: Limits, max_rows: int) -> StoredDataset:
     """Write `train.jsonl`, `eval.jsonl` and `dataset.json` into the folder.
 
     Raises DatasetError when rows have problems and `skip_bad_rows` is off, and when nothing is left to train or
     evaluate on.
     """
-    data = _named(config.data, "data")
-    report = _usable(data, config, max_row_bytes=max_row_bytes)
+    config, data = located.config, located.data
+    source = _Source(data, limits, config.columns)
+    report = source.usable(config)
     if report.rows > max_rows:
         raise DatasetError(f"{data.name}: has {report.rows:,} rows, the limit is {max_rows:,} (QLORA_LAB_MAX_ROWS)")
     folder.mkdir(parents=True, exist_ok=True)
-    if config.eval_data:
-        eval_path = _named(config.eval_data, "eval_data")
-        eval_left_out = _bad_lines(_usable(eval_path, config, max_row_bytes=max_row_bytes))
-        train = _write(folder / "train.jsonl", _examples(data, max_row_bytes))
-        held_out = _write(folder / "eval.jsonl", _examples(eval_path, max_row_bytes))
-        source = eval_path.name
+    if located.eval_data:
+        evaluation = _Source(located.eval_data, limits, config.columns)
+        eval_left_out = tuple(evaluation.usable(config).problem_lines)
+        train = _write(folder / "train.jsonl", source.examples())
+        held_out = _write(folder / "eval.jsonl", evaluation.examples())
+        eval_source = located.eval_data.name
     else:
         eval_left_out = ()
-        held = _held_out(data, report, config, max_row_bytes=max_row_bytes)
-        train = _write(folder / "train.jsonl", (e for e in _examples(data, max_row_bytes) if e.line not in held))
-        held_out = _write(folder / "eval.jsonl", (e for e in _examples(data, max_row_bytes) if e.line in held))
-        source = f"{config.eval_fraction:.0%} held out of {data.name}, seed {config.seed}"
+        held = _held_out(source, report, config)
+        train = _write(folder / "train.jsonl", (e for e in source.examples() if e.line not in held))
+        held_out = _write(folder / "eval.jsonl", (e for e in source.examples() if e.line in held))
+        eval_source = f"{config.eval_fraction:.0%} held out of {data.name}, seed {config.seed}"
     stored = StoredDataset(
         file_name=data.name,
         form=report.form or "",
         train_rows=train.rows,
         eval_rows=held_out.rows,
-        left_out_lines=_bad_lines(report),
+        left_out_lines=tuple(report.problem_lines),
         eval_left_out_lines=eval_left_out,
-        duplicates=len(report.duplicates),
+        duplicates=report.duplicate_rows,
         eval_rows_also_trained=sum(digest in train.digests for digest in held_out.each),
         train_fingerprint=train.fingerprint,
         eval_fingerprint=held_out.fingerprint,
-        eval_source=source,
+        eval_source=eval_source,
+        origin=located.origin,
     )
-    (folder / "dataset.json").write_text(json.dumps(asdict(stored), indent=1))
+    (folder / "dataset.json").write_bytes(orjson.dumps(asdict(stored), option=orjson.OPT_INDENT_2))
     return stored
 
 
-def _bad_lines(report: DatasetReport) -> tuple[int, ...]:
-    return tuple(problem.line for problem in report.problems)
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    limits: Limits
+    columns: str
+
+    def examples(self) -> Iterator[Example]:
+        rows = read_rows(self.path, limits=self.limits, columns=self.columns)[1]
+        return (row for row in rows if isinstance(row, Example))
+
+    def usable(self, config: TrainConfig) -> DatasetReport:
+        """The report, where it lets a run begin. Raises DatasetError naming rows that do not."""
+        name, report = self.path.name, inspect(self.path, limits=self.limits, columns=self.columns)
+        listed = [f"{name} {problem}" for problem in report.problems[:LISTED]]
+        if report.bad_rows > LISTED:
+            listed.append(f"… and {report.bad_rows - LISTED:,} more; `python -m qlora_core inspect` lists all")
+        if not report.rows:
+            raise DatasetError(f"{name}: no row can be used: {report.detection.reason}", *listed)
+        if report.bad_rows and not config.skip_bad_rows:
+            raise DatasetError(
+                f"{name}: {report.bad_rows:,} of {report.read:,} rows have problems; mend them, or leave them out with "
+                "skip_bad_rows",
+                *listed,
+            )
+        return report
 
 
-def _named(text: str, field: str) -> Path:
-    if not text:
-        raise DatasetError(f"no {field} is named; name a JSONL file (--{field.replace('_', '-')}, or the Data tab)")
-    return Path(os.path.expanduser(text))
-
-
-def _usable(path: Path, config: TrainConfig, *, max_row_bytes: int) -> DatasetReport:
-    report = inspect(path, max_row_bytes=max_row_bytes)
-    listed = [f"{path.name} {problem}" for problem in report.problems[:LISTED]]
-    if len(report.problems) > LISTED:
-        listed.append(f"… and {len(report.problems) - LISTED:,} more; `python -m qlora_core inspect` lists all")
-    if not report.rows:
-        raise DatasetError(f"{path.name}: no row can be used", *listed)
-    if report.problems and not config.skip_bad_rows:
-        raise DatasetError(
-            f"{path.name}: {len(report.problems):,} of {report.rows + len(report.problems):,} rows have problems; "
-            "mend them, or leave them out with skip_bad_rows",
-            *listed,
-        )
-    return report
-
-
-def _examples(path: Path, max_row_bytes: int) -> Iterator[Example]:
-    return (row for row in read_rows(path, max_row_bytes=max_row_bytes) if isinstance(row, Example))
-
-
-def _held_out(data: Path, report: DatasetReport, config: TrainConfig, *, max_row_bytes: int) -> set[int]:
+def _held_out(source: _Source, report: DatasetReport, config: TrainConfig) -> set[int]:
     """Lines of the rows that are held out: at least one, at most all but one. Equal rows go to the same side, or the
     evaluation would ask for what was trained on. Raises DatasetError when there are fewer than two different rows."""
     first_line = dict(report.duplicates)
@@ -137,12 +142,12 @@ def _held_out(data: Path, report: DatasetReport, config: TrainConfig, *, max_row
     if different < 2:
         what = "one usable row" if report.rows == 1 else f"{report.rows:,} rows that are all equal"
         raise DatasetError(
-            f"{data.name}: has {what}; evaluation needs one of its own, so nothing is left to train on. "
+            f"{source.path.name}: has {what}; evaluation needs one of its own, so nothing is left to train on. "
             "Add rows, or name an evaluation file (eval_data)"
         )
     wanted = min(different - 1, max(1, round(different * config.eval_fraction)))
     chosen = set(random.Random(config.seed).sample(range(different), wanted))
-    firsts = (example.line for example in _examples(data, max_row_bytes) if example.line not in first_line)
+    firsts = (example.line for example in source.examples() if example.line not in first_line)
     held = {line for place, line in enumerate(firsts) if place in chosen}
     return held | {line for line, first in first_line.items() if first in held}
 
@@ -164,12 +169,12 @@ class _Written:
 def _write(path: Path, examples: Iterator[Example]) -> _Written:
     """Write the rows; returns their fingerprint and eight bytes of the digest of each."""
     fingerprint, each = hashlib.sha256(), []
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         for example in examples:
             digest = example.digest()
             fingerprint.update(digest)
             each.append(digest[:8])
-            file.write(json.dumps(example.to_json(), ensure_ascii=False) + "\n")
+            file.write(orjson.dumps(example.to_json(), option=orjson.OPT_APPEND_NEWLINE))
         file.flush()
         os.fsync(file.fileno())
     return _Written(fingerprint.hexdigest(), tuple(each))

@@ -4,7 +4,6 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 from qlora_core import architecture, devices, models
 from qlora_core.config import TrainConfig
@@ -16,7 +15,8 @@ from qlora_core.planner.recommendation import Recommendation
 from qlora_core.settings import Settings
 from qlora_core.targets import Architecture
 from qlora_core.ui import form, preview
-from qlora_core.ui.data_tab import Chosen
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.preview import How
 from qlora_core.ui.words import esc
 
 REMEMBERED = 32
@@ -73,44 +73,44 @@ class Advice:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.seen: OrderedDict[tuple[str, str | None, str], Looked] = OrderedDict()
+        self.seen: OrderedDict[tuple[Chosen, How], Looked] = OrderedDict()
         self.lock = threading.Lock()
 
-    def known(self, chosen: Chosen, base_model: str) -> Looked | None:
-        return self.seen.get((chosen.path, chosen.eval_path, base_model))
+    def known(self, chosen: Chosen, how: How) -> Looked | None:
+        return self.seen.get((chosen, how))
 
-    def look(self, chosen: Chosen, base_model: str) -> Looked:
+    def look(self, chosen: Chosen, how: How) -> Looked:
         """Rows of the dataset through the model's tokenizer, and the model's layers: seconds for a new one."""
         rows, shape, positions, evaluation, problems = None, None, None, (0, 0), []
         with self.lock:
             try:
                 if chosen.path:
-                    rows = preview.lengths(Path(chosen.path), base_model, self.settings)
-                    if chosen.eval_path:
-                        evaluation = preview.shared_rows(Path(chosen.path), Path(chosen.eval_path), self.settings)
+                    rows = preview.lengths(chosen, how, self.settings)
+                    if chosen.eval_file:
+                        evaluation = preview.shared_rows(chosen, chosen.eval_file, self.settings)
             except LabError as error:
                 problems += error.problems
             except OSError as error:  # deleted since it was chosen
-                problems.append(f"{Path(chosen.path).name}: cannot be read: {error.strerror}")
+                problems.append(f"{chosen.name}: cannot be read: {error.strerror}")
             try:
-                shape = architecture.read(base_model, self.settings)
-                folder = architecture.files_of(base_model, ["config.json"], self.settings, what="config.json")
+                shape = architecture.read(how.base_model, self.settings)
+                folder = architecture.files_of(how.base_model, ["config.json"], self.settings, what="config.json")
                 positions = models.BaseModel("", folder, None, "").positions()
             except LabError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
             looked = Looked(rows, shape, positions, *evaluation, problems[0] if problems else "")
-            self.seen[chosen.path, chosen.eval_path, base_model] = looked
+            self.seen[chosen, how] = looked
             while len(self.seen) > REMEMBERED:
                 self.seen.popitem(last=False)
         return looked
 
     def facts(self, config: TrainConfig, chosen: Chosen, looked: Looked) -> Facts:
-        held_out = 0 if chosen.eval_path else min(chosen.rows, max(1, round(chosen.rows * config.eval_fraction)))
+        held_out = 0 if chosen.eval_file else min(chosen.rows, max(1, round(chosen.rows * config.eval_fraction)))
         return Facts(
             config=config,
             device=device_for(config),
             train_rows=chosen.rows - held_out,
-            eval_rows=looked.eval_rows if chosen.eval_path else held_out,
+            eval_rows=looked.eval_rows if chosen.eval_file else held_out,
             free_disk_bytes=devices.free_disk_bytes(self.settings.home),
             eval_rows_also_trained=looked.eval_rows_also_trained,
             rows=looked.rows,

@@ -1,56 +1,59 @@
-"""The Data tab: choose a dataset, see its problems, see what the model will see, see what would be cut."""
+"""The Data tab: choose a dataset, see its problems, see what the model will see and what would be cut, prepare it."""
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from qlora_core import jobs
 from qlora_core.charts import LENGTHS_HEIGHT, length_histogram
-from qlora_core.data.inspection import DatasetReport, inspect
-from qlora_core.data.sample import SAMPLED_ROWS, UNCUT
+from qlora_core.config import TEMPLATES, TrainConfig
+from qlora_core.data import hub_source
+from qlora_core.data.files import SUFFIXES
+from qlora_core.data.formats import Detection, detection_of
+from qlora_core.data.inspected import REPORT, Inspected, folder_of
+from qlora_core.data.sample import UNCUT
 from qlora_core.errors import LabError
 from qlora_core.settings import Settings
-from qlora_core.ui import preview
-from qlora_core.ui.form import example_config
+from qlora_core.ui import form, preview
+from qlora_core.ui.chosen import Chosen, rows_of
+from qlora_core.ui.dataset_report import problems_html, report_html
 from qlora_core.ui.plots import plot
-from qlora_core.ui.words import counted, esc, facts, problems_panel, size
+from qlora_core.ui.preparing import PreparePanel, merge_job
+from qlora_core.ui.preview import How
+from qlora_core.ui.progress import progress_html
+from qlora_core.ui.uploads import keep_upload, kept_upload
+from qlora_core.ui.words import counted, esc, problems_panel
 
-LISTED = 200
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The dataset that Start will use; `path` is empty while none can be used."""
-
-    path: str
-    eval_path: str | None = None
-    rows: int = 0
-    is_example: bool = False
-    skip_bad_rows: bool = False
-    bad_rows: int = 0
-
-    def problem(self) -> str | None:
-        """Why Start cannot use it, with the remedy; None when it can."""
-        name = Path(self.path).name
-        if not self.path:
-            return "no dataset is chosen; choose one on the Data tab"
-        if self.bad_rows and not self.skip_bad_rows:
-            bad = counted(self.bad_rows, "row")
-            return (
-                f"{name} has {bad} that cannot be trained on; mend the file, or tick “Leave the listed rows out” on the "
-                "Data tab"
-            )
-        if self.rows == 1 and not self.eval_path:
-            return f"{name} has one usable row, and evaluation needs one of its own; add rows"
-        return None
-
-    def config_fields(self) -> dict[str, Any]:
-        return {"data": self.path, "eval_data": self.eval_path, "skip_bad_rows": self.skip_bad_rows}
+# Larger files are looked at by a process of their own, with progress; smaller ones are done before it would have started.
+LARGE_BYTES = 30_000_000
+TICK_SECONDS = 0.7
+SEARCH_SECONDS = 20
+# Roles of columns that a person can choose, as the Data tab names them.
+ROLES = {
+    "prompt": "Prompt",
+    "response": "Response",
+    "input": "Input (optional)",
+    "system": "System prompt (optional)",
+    "messages": "or: conversation",
+    "text": "or: plain text",
+}
+OWN = "own"
+TEMPLATE_CHOICES = [
+    ("the model’s own", "model"),
+    ("Alpaca", "alpaca"),
+    ("ChatML", "chatml"),
+    ("Llama-3", "llama3"),
+    ("Mistral", "mistral"),
+    ("Zephyr", "zephyr"),
+    ("your own (Jinja)", OWN),
+]
 
 
 def example() -> Chosen:
-    config = example_config()
+    config = form.example_config()
     return Chosen(path=config.data, eval_path=config.eval_data, is_example=True)
 
 
@@ -61,28 +64,32 @@ class DataTab:
         self.settings = settings
         # Nothing until the page has loaded: after a restart of the app an open page must not train on the example unasked.
         self.chosen = gr.State(Chosen(path=""))
+        # What was looked at last, whether or not it can be used: its columns may yet be told.
+        self.looked = gr.State(Chosen(path=""))
+        # Several files that are to be one dataset.
+        self.several = gr.State([])
         self.row = gr.State(1)
-        # The upload that this browser chose last, below <home>/uploads; a reload takes it up again. The fixed secret only
-        # keeps it readable after a restart of the app: it hides nothing, and what comes back is checked.
-        self.remembered = gr.BrowserState("", storage_key="qlora-lab-upload", secret="qlora-lab-upload")
+        self.job = gr.State("")
+        # What this browser chose last: an upload, a prepared set, or a job under way; a reload takes it up again. The fixed
+        # secret only keeps it readable after a restart of the app: it hides nothing, and what comes back is checked.
+        self.remembered = gr.BrowserState("", storage_key="qlora-lab-dataset", secret="qlora-lab-upload")
+        self.timer = gr.Timer(TICK_SECONDS, active=False)
         gr.HTML('<div class="lab-step"><i>1</i>Choose a dataset</div>')
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                self.file = gr.File(label="Drop a JSONL file", height=150, elem_id="upload")
-                self.example = gr.Button("Take the example: support tickets", size="md", elem_id="take-example")
+                self._build_sources()
             with gr.Column(scale=3, min_width=280):
                 self.report = gr.HTML(_waiting("Reading the example…"), min_height=150, elem_id="report")
+                self.progress = gr.HTML("", elem_id="data-progress")
+                self.cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="cancel-data")
                 self.skip = gr.Checkbox(
                     label="Leave the listed rows out", info="They are listed with the run too.", visible=False
                 )
                 self.use = gr.Button("Use this dataset", variant="primary", size="md", elem_id="use-dataset")
+        self._build_columns()
         self.problems = gr.HTML("", elem_id="problems")
         gr.HTML('<div class="lab-step"><i>2</i>What the model will see</div>')
-        with gr.Row(elem_classes="lab-pager"):
-            self.back = gr.Button("◀ Previous", size="sm", min_width=92, scale=0, elem_id="previous-row")
-            self.forward = gr.Button("Next ▶", size="sm", min_width=92, scale=0, elem_id="next-row")
-            self.place = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="row-place", min_width=60)
-        self.tokens = gr.HTML(_waiting("Loading the tokenizer…"), min_height=286, elem_id="tokens")
+        self._build_preview()
         gr.HTML('<div class="lab-step"><i>3</i>Lengths</div>')
         self.sentence = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="lengths-sentence")
         self.histogram = plot(
@@ -91,165 +98,430 @@ class DataTab:
             elem_id="chart-lengths",
             label="token lengths of the rows",
         )
+        self.prepare = PreparePanel(settings)
 
-    def connect(
-        self, base_model: gr.Dropdown, max_seq_length: gr.Number, hidden: dict[str, Any]
-    ) -> list[gr.events.Dependency]:
+    def _build_sources(self) -> None:
+        self.file = gr.File(
+            label="Drop files: JSONL, JSON, CSV, TSV, Parquet, also .gz",
+            file_count="multiple",
+            file_types=list(SUFFIXES),
+            height=150,
+            elem_id="upload",
+        )
+        self.example = gr.Button("Take the example: support tickets", size="md", elem_id="take-example")
+        with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="hub-source"):
+            self.hub_id = gr.Textbox(
+                label="Dataset", placeholder="owner/name, or its address", max_lines=1, elem_id="hub-id"
+            )
+            with gr.Row():
+                self.hub_config = gr.Textbox(label="Configuration", placeholder="automatic", max_lines=1, min_width=90)
+                self.hub_split = gr.Textbox(label="Split", placeholder="train", max_lines=1, min_width=90)
+            with gr.Row():
+                self.hub_revision = gr.Textbox(label="Revision", placeholder="newest", max_lines=1, min_width=90)
+                self.hub_limit = gr.Textbox(label="Rows at most", placeholder="all", max_lines=1, min_width=90)
+            self.hub_token = gr.Textbox(
+                label="Token", type="password", max_lines=1, placeholder="for private and gated ones",
+                info="Used for this fetch, and kept nowhere.",
+            )  # fmt: skip
+            self.fetch = gr.Button("Fetch", size="md", elem_id="hub-fetch")
+
+    def _build_columns(self) -> None:
+        with gr.Accordion("Columns", open=False, visible=False, elem_id="columns") as self.columns_box:
+            self.columns_why = gr.HTML("")
+            with gr.Row():
+                self.columns = {
+                    role: gr.Dropdown([""], value="", label=label, min_width=150, elem_id=f"column-{role}")
+                    for role, label in ROLES.items()
+                }
+            self.read_columns = gr.Button("Read the rows so", size="md", elem_id="read-columns")
+
+    def _build_preview(self) -> None:
+        config = TrainConfig()
+        with gr.Row(equal_height=True):
+            self.template_choice = gr.Radio(
+                TEMPLATE_CHOICES, value="model", label="Template", info="How rows are written.", elem_id="template"
+            )
+            self.fields = {"loss_on": form.component("loss_on", config.loss_on)}
+        with gr.Column(visible=False) as self.own_template:
+            self.fields["template"] = form.component("template", config.template)
+        with gr.Row(elem_classes="lab-pager"):
+            self.back = gr.Button("◀ Previous", size="sm", min_width=92, scale=0, elem_id="previous-row")
+            self.forward = gr.Button("Next ▶", size="sm", min_width=92, scale=0, elem_id="next-row")
+            self.longest = gr.Button("Longest", size="sm", min_width=80, scale=0, elem_id="longest-row")
+            self.shortest = gr.Button("Shortest", size="sm", min_width=80, scale=0, elem_id="shortest-row")
+            self.find = gr.Textbox(
+                show_label=False, label="Find in rows, or go to a row number", placeholder="find text, or a row number",
+                max_lines=1, min_width=190, scale=1, container=False, elem_id="find-row",
+            )  # fmt: skip
+            self.place = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="row-place", min_width=60)
+        self.tokens = gr.HTML(_waiting("Loading the tokenizer…"), min_height=286, elem_id="tokens")
+
+    @property
+    def outputs(self) -> list[Any]:
+        """All that a look at a dataset may change."""
+        shown = [self.report, self.problems, self.skip, self.use, self.progress, self.cancel, self.timer, self.job]
+        columns = [self.columns_box, self.columns_why, *self.columns.values()]
+        return [
+            self.remembered,
+            self.chosen,
+            self.looked,
+            self.several,
+            self.row,
+            *shown,
+            *columns,
+            *self.prepare.outputs,
+        ]
+
+    def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> list[Any]:
         """Wire the tab; returns the events after which another dataset is chosen."""
-        looks = [self.report, self.problems, self.skip, self.use]
-        preview_inputs = [self.chosen, self.row, base_model, max_seq_length]
-        row_outputs, length_outputs = [self.tokens, self.place], [self.sentence, self.histogram]
+        how = [base_model, self.fields["template"], self.fields["loss_on"]]
+        cut = train_fields["max_seq_length"]
+        row_inputs, row_outputs = [self.chosen, self.row, *how, cut], [self.tokens, self.place]
+        length_inputs = [self.chosen, *how, cut, train_fields["rows_per_step"]]
         chosen = [
-            self.file.upload(self.take_upload, self.file, [self.remembered, self.chosen, self.row, *looks], **hidden),
-            self.file.clear(self.take_example, None, [self.remembered, self.chosen, self.row, *looks], **hidden),
-            self.example.click(
-                lambda: (None, *self.take_example()),
-                None,
-                [self.file, self.remembered, self.chosen, self.row, *looks],
-                **hidden,
+            self.file.upload(self.take_upload, [self.file, self.skip], self.outputs, **hidden),
+            self.file.clear(self.take_example, None, self.outputs, **hidden),
+            self.example.click(lambda: None, None, self.file, **hidden).then(
+                self.take_example, None, self.outputs, **hidden
             ),
+            self.fetch.click(
+                self.take_hub,
+                [self.hub_id, self.hub_config, self.hub_split, self.hub_revision, self.hub_limit, self.hub_token],
+                self.outputs,
+                **hidden,
+            ).then(lambda: "", None, self.hub_token, **hidden),
+            self.read_columns.click(
+                self.take_columns, [self.looked, self.several, *self.columns.values()], self.outputs, **hidden
+            ),
+            self.timer.tick(self.tick, [self.job, self.chosen], self.outputs, **hidden),
+            *self.prepare.connect(self, base_model, hidden),
         ]
         self.skip.input(self.set_skip, [self.chosen, self.skip], [self.chosen, self.use], **hidden)
-        for event in chosen:
-            event.then(self.show_row, preview_inputs, row_outputs, **hidden).then(
-                self.show_lengths, [self.chosen, base_model, max_seq_length], length_outputs, **hidden
+        self.cancel.click(self.cancel_job, self.job, self.outputs, **hidden)
+        for button, move in (
+            (self.back, lambda chosen, row: turn(chosen, row, -1)),
+            (self.forward, lambda chosen, row: turn(chosen, row, 1)),
+            (self.longest, lambda chosen, row: self.extreme(chosen, row, longest=True)),
+            (self.shortest, lambda chosen, row: self.extreme(chosen, row, longest=False)),
+        ):
+            button.click(move, [self.chosen, self.row], self.row, **hidden).then(
+                self.show_row, row_inputs, row_outputs, **hidden
             )
-        for button, by in ((self.back, -1), (self.forward, 1)):
-            button.click(
-                lambda chosen, row, by=by: turn(chosen, row, by), [self.chosen, self.row], self.row, **hidden
-            ).then(self.show_row, preview_inputs, row_outputs, **hidden)
-        for field in (base_model, max_seq_length):
-            field.change(self.show_row, preview_inputs, row_outputs, **hidden).then(
-                self.show_lengths, [self.chosen, base_model, max_seq_length], length_outputs, **hidden
-            )
+        self.find.submit(self.find_row, [self.chosen, self.row, self.find], [self.row, self.place], **hidden).success(
+            self.show_found, [*row_inputs, self.find], row_outputs, **hidden
+        )
+        looked_at = [self.chosen, base_model, *self.fields.values(), cut]
+        gr.on(
+            [component.change for component in looked_at],
+            self.show_row, row_inputs, row_outputs, trigger_mode="always_last", **hidden,
+        )  # fmt: skip
+        gr.on(
+            [component.change for component in (*looked_at, train_fields["rows_per_step"])],
+            self.show_lengths, length_inputs, [self.sentence, self.histogram], trigger_mode="always_last", **hidden,
+        )  # fmt: skip
+        self._connect_template(base_model, hidden)
         return chosen
 
-    def on_load(
-        self, demo: gr.Blocks, base_model: gr.Dropdown, max_seq_length: gr.Number, hidden: dict[str, Any]
-    ) -> gr.events.Dependency:
-        """What the page opens with, looked at: this browser's last upload, or the example. Returns the event after which it
-        is chosen."""
-        looked = demo.load(
-            self.first_look,
-            self.remembered,
-            [self.chosen, self.row, self.report, self.problems, self.skip, self.use],
-            **hidden,
-        )
-        looked.then(
-            self.show_row, [self.chosen, self.row, base_model, max_seq_length], [self.tokens, self.place], **hidden
-        ).then(self.show_lengths, [self.chosen, base_model, max_seq_length], [self.sentence, self.histogram], **hidden)
-        return looked
+    def _connect_template(self, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
+        template = self.fields["template"]
 
-    def first_look(self, remembered: str = "") -> tuple[Any, ...]:
-        kept = preview.kept_upload(remembered, self.settings)
-        return self._look(Chosen(path=str(kept)) if kept else example())
+        def choose(choice: str, base_model: str) -> tuple[Any, Any]:
+            if choice != OWN:
+                return choice, gr.Column(visible=False)
+            return preview.template_to_edit(base_model, self.settings), gr.Column(visible=True)
 
-    def take_example(self) -> tuple[Any, ...]:
-        return ("", *self._look(example()))
+        def follow(text: str) -> tuple[Any, Any]:
+            """Where a template came from settings or from a run."""
+            own = text not in TEMPLATES
+            return gr.Radio(value=OWN if own else text), gr.Column(visible=own)
 
-    def take_upload(self, file: str) -> tuple[Any, ...]:
-        kept = preview.keep_upload(Path(file), self.settings)
-        return (f"{kept.parent.name}/{kept.name}", *self._look(Chosen(path=str(kept))))
+        self.template_choice.input(choose, [self.template_choice, base_model], [template, self.own_template], **hidden)
+        template.change(follow, template, [self.template_choice, self.own_template], **hidden)
 
-    def _look(self, chosen: Chosen) -> tuple[Any, ...]:
-        """(chosen, row, report, problems, skip, use) of a dataset."""
-        path = Path(chosen.path)
+    def on_load(self, demo: gr.Blocks, hidden: dict[str, Any]) -> gr.events.Dependency:
+        """What the page opens with, looked at: what this browser chose last, or the example. Returns the event after which
+        it is chosen."""
+        return demo.load(self.first_look, self.remembered, self.outputs, **hidden)
+
+    # --- where a dataset comes from
+
+    def first_look(self, remembered: str = "") -> dict[Any, Any]:
+        kind, _, name = str(remembered).partition(":")
+        if kind == "job" and (job := jobs.find(name, self.settings)) is not None:
+            # Until it ends, and where it ends in nothing, there is the example to look at.
+            return self.look(example()) | self._watch(job)
+        if kind == "set" and (folder := self.prepare.folder_of(name)) is not None:
+            return self.look(Chosen(path=str(folder)))
+        if kind == "upload" and (kept := kept_upload(name, self.settings)) is not None:
+            return self.look(Chosen(path=str(kept)))
+        return self.look(example())
+
+    def take_example(self) -> dict[Any, Any]:
+        return self.look(example())
+
+    def take_upload(self, files: list[str], skip: bool = False) -> dict[Any, Any]:
+        kept = [keep_upload(Path(file), self.settings) for file in files]
+        return self.look(Chosen(path=str(kept[0]))) if len(kept) == 1 else self._merge(kept, skip=skip)
+
+    def _merge(self, paths: list[Path], *, columns: str = "", skip: bool = False) -> dict[Any, Any]:
+        """Several files as one dataset; where one is in no known form, its columns are asked for first."""
         try:
-            report = inspect(path, max_row_bytes=self.settings.max_row_bytes)
+            for path in paths:
+                detection = detection_of(path, self.settings.limits)
+                if detection.form is None and detection.seen and not columns:
+                    asked = self._columns_of(replace(detection, reason=f"{path.name}: {detection.reason}"), Chosen(""))
+                    return {**self._quiet(), **asked, self.several: paths, self.problems: ""}
+            job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip)
         except LabError as error:
-            panel = problems_panel(error.problems, title=f"{path.name} cannot be used")
-            hint = _waiting("Drop another file, or take the example.")
-            return Chosen(path=""), 1, hint, panel, gr.Checkbox(visible=False), gr.Button(interactive=False)
-        kept = replace(chosen, path=chosen.path if report.rows else "", rows=report.rows, bad_rows=len(report.problems))
-        skip = gr.Checkbox(value=False, visible=bool(report.problems and report.rows))
-        return kept, 1, report_html(report, chosen), problems_html(report), skip, _use(kept, bool(report.problems))
+            return self._unusable("These files cannot be used together", error.problems)
+        return {**self._watch(job), self.several: paths}
+
+    def take_hub(self, name: str, config: str, split: str, revision: str, limit: str, token: str) -> dict[Any, Any]:
+        try:
+            source = hub_source.HubDataset.parse(name or "")
+            given = {"config": config, "split": split, "revision": revision}
+            source = replace(source, **{key: value.strip() for key, value in given.items() if (value or "").strip()})
+            # Read back from its text: what is typed into the other fields must not become part of another.
+            source = hub_source.HubDataset.parse(str(source))
+            arguments = ["inspect", str(source), "--keep", "--json"]
+            if limit.strip():
+                if not limit.strip().isdecimal() or int(limit) < 2:
+                    raise LabError(f"rows at most: {limit.strip()!r} is no whole number above 1")
+                arguments += ["--limit", limit.strip()]
+        except LabError as error:
+            return self._unusable("This dataset cannot be fetched", error.problems)
+        return self._watch(jobs.start(arguments, self.settings, secret=token.strip() or self.hub_secret(), again=True))
+
+    def hub_secret(self) -> str | None:
+        """The token of this machine: HF_TOKEN, or that of `hf auth login`."""
+        from huggingface_hub import get_token
+
+        return get_token()
+
+    def take_columns(self, looked: Chosen, several: list[Path], *names: str) -> dict[Any, Any]:
+        columns = ", ".join(f"{role}={name}" for role, name in zip(ROLES, names, strict=True) if name)
+        if several:
+            return self._merge(several, columns=columns)
+        return self.look(replace(looked, columns=columns), choosing=True)
+
+    # --- looking at it
+
+    def look(self, chosen: Chosen, *, choosing: bool = False) -> dict[Any, Any]:
+        """Inspect it here and now, or have a large one inspected by a job."""
+        if not chosen.path:
+            return self._unusable("No dataset is chosen", ("drop a file, or take the example",))
+        try:
+            size = chosen.file.stat().st_size
+            folder = folder_of(chosen.file, self.settings, columns=chosen.columns)
+            packed = chosen.file.suffix.lower() in (".gz", ".parquet")
+            if size > LARGE_BYTES / (10 if packed else 1) and not (folder / REPORT).exists():
+                columns = ["--columns", chosen.columns] if chosen.columns else []
+                return self._watch(jobs.start(["inspect", chosen.path, "--keep", "--json", *columns], self.settings))
+            return self._looked(chosen, rows_of(chosen, self.settings))
+        except LabError as error:
+            problems = error.problems
+        except OSError as error:  # deleted since it was chosen
+            problems = (f"{chosen.name}: cannot be read: {error.strerror}",)
+        if choosing:  # another choice of columns may do
+            return {self.problems: problems_panel(problems, title="These columns cannot be read")}
+        return self._unusable(f"{chosen.name} cannot be used", problems)
+
+    def _looked(self, chosen: Chosen, rows: Inspected) -> dict[Any, Any]:
+        report = rows.report
+        kept = replace(chosen, path=chosen.path if report.rows else "", rows=report.rows, bad_rows=report.bad_rows)
+        return {
+            self.remembered: self._to_remember(chosen),
+            self.chosen: kept,
+            self.looked: chosen,
+            self.several: [],
+            self.row: 1,
+            self.report: report_html(report, chosen),
+            self.problems: problems_html(report, rows, self.settings),
+            self.skip: gr.Checkbox(value=False, visible=bool(report.bad_rows and report.rows)),
+            self.use: _use(kept, bool(report.bad_rows)),
+            **self._quiet(),
+            **self._columns_of(report.detection, chosen),
+            **self.prepare.of(chosen, report),
+        }
+
+    def _columns_of(self, detection: Detection, chosen: Chosen) -> dict[Any, Any]:
+        unsure = detection.form is None
+        proposed = detection.proposal or {role: names[0] for role, names in detection.columns.items() if chosen.columns}
+        choices = ["", *detection.seen]
+        why = detection.reason + ("; say which column is what, or take the proposal." if unsure else ".")
+        return {
+            self.columns_box: gr.Accordion(visible=bool(detection.seen), open=unsure),
+            self.columns_why: _hint(why[:1].upper() + why[1:]),
+            **{
+                box: gr.Dropdown(choices=choices, value=proposed.get(role, "") if proposed.get(role) in choices else "")
+                for role, box in self.columns.items()
+            },
+        }
+
+    def _to_remember(self, chosen: Chosen) -> str:
+        if chosen.is_prepared:
+            return f"set:{chosen.name}"
+        if chosen.file.is_relative_to(self.settings.home / "uploads"):
+            return f"upload:{chosen.file.parent.name}/{chosen.file.name}"
+        return ""
+
+    def _unusable(self, title: str, problems: tuple[str, ...]) -> dict[Any, Any]:
+        return {
+            self.chosen: Chosen(path=""),
+            self.looked: Chosen(path=""),
+            self.several: [],
+            self.row: 1,
+            self.report: _waiting("Drop another file, or take the example."),
+            self.problems: problems_panel(problems, title=title),
+            self.skip: gr.Checkbox(visible=False),
+            self.use: gr.Button(interactive=False),
+            self.columns_box: gr.Accordion(visible=False),
+            **self._quiet(),
+        }
 
     def set_skip(self, chosen: Chosen, skip: bool) -> tuple[Any, ...]:
         return replace(chosen, skip_bad_rows=skip), _use(chosen, not skip)
 
-    def show_row(self, chosen: Chosen, row: int, base_model: str, max_seq_length: float) -> tuple[str, str]:
+    # --- work of a process of its own
+
+    def _watch(self, job: jobs.Job) -> dict[Any, Any]:
+        """Show the job until it ends; the chosen dataset stays what it is."""
+        return {
+            self.remembered: f"job:{job.job_id}",
+            self.job: job.job_id,
+            self.timer: gr.Timer(active=True),
+            self.progress: progress_html(job.progress()),
+            self.cancel: gr.Button(visible=True),
+            self.problems: "",
+            # What was chosen before is not what this person is waiting for.
+            self.use: gr.Button(interactive=False),
+        }
+
+    def _quiet(self) -> dict[Any, Any]:
+        return {
+            self.job: "",
+            self.timer: gr.Timer(active=False),
+            self.progress: "",
+            self.cancel: gr.Button(visible=False),
+        }
+
+    def tick(self, job_id: str, chosen: Chosen) -> dict[Any, Any]:
+        job = jobs.find(job_id, self.settings)
+        progress = job.progress() if job else None
+        if job is None or progress is None:
+            return self._quiet()
+        if progress.state == jobs.RUNNING:
+            return {self.progress: progress_html(progress)}
+        if progress.state == jobs.DONE:
+            if job.arguments[0] == "prepare":
+                return self.look(Chosen(path=progress.result["folder"]))
+            (path,) = progress.result["paths"]
+            columns = job.arguments[job.arguments.index("--columns") + 1] if "--columns" in job.arguments else ""
+            return self.look(Chosen(path=path, columns=columns))
+        remembered = self._to_remember(chosen) if chosen.path else ""
+        quiet = {**self._quiet(), self.remembered: remembered, self.use: _use(chosen, bool(chosen.problem()))}
+        if progress.state == jobs.CANCELLED:
+            told = f"Cancelled while {progress.doing}; the dataset above stays." if progress.doing else "Cancelled."
+            return {**quiet, self.progress: _hint(told)}
+        merging = job.arguments[0] == "prepare"
+        return {
+            **quiet,
+            self.problems: problems_panel(progress.problems, title="Not prepared" if merging else "Not usable"),
+        }
+
+    def cancel_job(self, job_id: str) -> dict[Any, Any]:
+        if (job := jobs.find(job_id, self.settings)) is not None:
+            job.cancel()
+        return {self.progress: _hint("Cancelling …")}
+
+    # --- its rows
+
+    def extreme(self, chosen: Chosen, row: int, *, longest: bool) -> int:
+        """The row with the most, or the fewest, characters."""
+        try:
+            rows = rows_of(chosen, self.settings)
+        except (LabError, OSError):
+            return row
+        return (rows.longest() if longest else rows.shortest()) or row
+
+    def find_row(self, chosen: Chosen, row: int, wanted: str) -> tuple[Any, Any]:
+        """(row, what is told): by its number, or the next one that holds the text."""
+        wanted = (wanted or "").strip()
+        if not wanted or not chosen.path:
+            return gr.skip(), gr.skip()
+        if wanted.isdecimal() and 1 <= int(wanted) <= chosen.rows:
+            return int(wanted), gr.skip()
+        deadline = time.monotonic() + SEARCH_SECONDS
+        found = rows_of(chosen, self.settings).search(wanted, row, keep_on=lambda: time.monotonic() < deadline)
+        return found or row, gr.skip()
+
+    def show_found(self, chosen: Chosen, row: int, *rest: Any) -> tuple[str, str]:
+        *how, cut, wanted = rest
+        shown, place = self.show_row(chosen, row, *how, cut)
+        wanted = (wanted or "").strip()
+        number = wanted.isdecimal() and int(wanted) == row
+        if (
+            chosen.path
+            and wanted
+            and not number
+            and wanted.casefold() not in rows_of(chosen, self.settings).row(row).text.casefold()
+        ):
+            place = f'<p class="lab-warn">No row has “{esc(wanted[:60])}”</p>'
+        return shown, place
+
+    def show_row(
+        self, chosen: Chosen, row: int, base_model: str, template: str, loss_on: str, max_seq_length: float
+    ) -> tuple[str, str]:
         if not chosen.path:
             return _waiting("Choose a dataset, and its rows appear here as the model will read them."), _hint("")
-        rows = min(chosen.rows, SAMPLED_ROWS)
         place = f"Row {row:,} of {chosen.rows:,}"
-        if chosen.rows > rows:
-            place += f"; the first {rows:,} can be seen here"
         try:
             shown = preview.row_html(
-                Path(chosen.path),
+                chosen,
                 row,
-                base_model=base_model,
+                How(base_model, template, loss_on),
                 max_seq_length=_cut(max_seq_length),
                 settings=self.settings,
             )
         except LabError as error:
             shown = problems_panel(error.problems, title="This row cannot be shown")
+        except (IndexError, OSError):  # another dataset has been chosen meanwhile
+            return gr.skip(), gr.skip()
         return shown, _hint(place)
 
-    def show_lengths(self, chosen: Chosen, base_model: str, max_seq_length: float) -> tuple[str, str]:
+    def show_lengths(
+        self,
+        chosen: Chosen,
+        base_model: str,
+        template: str,
+        loss_on: str,
+        max_seq_length: float,
+        rows_per_step: float = 8,
+    ) -> tuple[str, str]:
         cut = _cut(max_seq_length)
+        empty = length_histogram((), cut_at=cut).to_json()
         if not chosen.path:
-            return _hint("Choose a dataset to see how long its rows are."), length_histogram((), cut_at=cut).to_json()
+            return _hint("Choose a dataset to see how long its rows are."), empty
         try:
-            found = preview.lengths(Path(chosen.path), base_model, self.settings)
+            found = preview.lengths(chosen, How(base_model, template, loss_on), self.settings)
         except LabError as error:
-            return problems_panel(error.problems, title="Lengths are unknown"), length_histogram(
-                (), cut_at=cut
-            ).to_json()
-        sentence = _hint(preview.lengths_sentence(found, rows=chosen.rows, max_seq_length=cut))
+            return problems_panel(error.problems, title="Lengths are unknown"), empty
+        except OSError:
+            return gr.skip(), gr.skip()
+        told = preview.lengths_sentence(
+            found, rows=chosen.rows, max_seq_length=cut, rows_per_step=max(1, int(rows_per_step or 1))
+        )
+        sentence = _hint(told)
         if found.refused:
             sentence += problems_panel(
-                found.refused[:20], title=f"{counted(len(found.refused), 'row')} refused by the model's template"
+                found.refused[:20], title=f"{counted(len(found.refused), 'row')} refused by the template"
             )
         return sentence, length_histogram(found.tokens, cut_at=cut).to_json()
 
 
 def turn(chosen: Chosen, row: int, by: int) -> int:
     """The next or previous row, going round at the ends."""
-    rows = max(1, min(chosen.rows, SAMPLED_ROWS))
-    return (row - 1 + by) % rows + 1
-
-
-def report_html(report: DatasetReport, chosen: Chosen) -> str:
-    held_out = (
-        f"Evaluated on {Path(chosen.eval_path).name}."
-        if chosen.eval_path
-        else "A tenth of the rows is held out for evaluation; the share is in the Train form."
-    )
-    notes = [f"{size(report.size_bytes)}"]
-    if report.blank_lines:
-        notes.append(counted(report.blank_lines, "blank line"))
-    if report.byte_order_mark:
-        notes.append("byte-order mark skipped")
-    if report.ignored_columns:
-        named = ", ".join(f"{name} ({rows:,})" for name, rows in list(report.ignored_columns.items())[:8])
-        notes.append(f"columns that are not used: {named}")
-    if report.duplicates:
-        listed = ", ".join(f"{line} = {first}" for line, first in report.duplicates[:12])
-        more = " …" if len(report.duplicates) > 12 else ""
-        notes.append(f"duplicates are trained on: lines {listed}{more}")
-    return (
-        f'<div class="lab-card"><h3>{esc(report.file_name)}</h3><p class="lab-hint">{esc(" · ".join(notes))}</p>'
-        f'{facts(preview.report_facts(report))}<p class="lab-hint" style="margin-top:10px">{esc(held_out)}</p></div>'
-    )
-
-
-def problems_html(report: DatasetReport) -> str:
-    """Line and reason of every problem, the first LISTED of them; empty without any."""
-    if not report.problems:
-        return ""
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in report.problem_counts.items())
-    rows = "".join(
-        f'<tr><td class="num">{problem.line:,}</td><td>{esc(problem.kind)}</td><td>{esc(problem.message)}</td></tr>'
-        for problem in report.problems[:LISTED]
-    )
-    more = f'<p class="lab-hint">The first {LISTED} are listed.</p>' if len(report.problems) > LISTED else ""
-    remedy = "Mend them, or leave them out." if report.rows else "No row is left to train on."
-    return (
-        f'<div class="lab-problems"><b>{counted(len(report.problems), "row")} cannot be trained on.</b> {remedy} '
-        f'{esc(kinds)}.</div><div class="lab-scroll" style="margin-top:8px"><table class="lab-table"><thead><tr>'
-        f'<th class="num">line</th><th>kind</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></div>{more}'
-    )
+    return (row - 1 + by) % max(1, chosen.rows) + 1
 
 
 def _use(chosen: Chosen, blocked: bool) -> gr.Button:

@@ -12,9 +12,10 @@ from qlora_core.data.inspection import inspect
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
-from qlora_core.ui import preview, run_view
+from qlora_core.ui import run_view
 from qlora_core.ui.form import EXAMPLES, example_config
 from qlora_core.ui.train_tab import start_run as begin
+from qlora_core.ui.uploads import keep_upload
 
 
 def add_endpoints(settings: Settings) -> None:
@@ -22,14 +23,14 @@ def add_endpoints(settings: Settings) -> None:
 
     @_told
     def inspect_dataset(file: str) -> dict[str, Any]:
-        """Check a JSONL dataset: form, counts, every bad line with its reason, duplicates."""
+        """Check a dataset (JSONL, JSON, CSV, TSV, Parquet, also .gz): form, counts, bad rows with their reasons, duplicates."""
         if not file:
             raise ConfigError("file is missing; pass handle_file('rows.jsonl')")
-        return inspect(Path(file), max_row_bytes=settings.max_row_bytes).to_json()
+        return inspect(Path(file), limits=settings.limits).to_json()
 
     @_told
     def start_run(config: dict[str, Any], file: str | None = None) -> dict[str, Any]:
-        """Start or queue a run. `config` holds settings by name (method, rank, max_steps …), `file` is the JSONL dataset;
+        """Start or queue a run. `config` holds settings by name (method, rank, max_steps …), `file` is the dataset;
         without a file the example dataset is trained on. The same call while the run is active returns the same run."""
         return begin(_config(config or {}, file, settings), settings).status().to_json()
 
@@ -72,7 +73,7 @@ def _config(values: dict[str, Any], file: str | None, settings: Settings) -> Tra
     if named:
         raise ConfigError(*(f"{name} names a file on the server; pass the dataset as `file` instead" for name in named))
     if file:
-        data = {"data": str(preview.keep_upload(Path(file), settings))}
+        data = {"data": str(keep_upload(Path(file), settings))}
     else:
         example = example_config()
         data = {"data": example.data, "eval_data": example.eval_data}

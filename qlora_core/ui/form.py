@@ -18,7 +18,9 @@ from qlora_core.settings import Settings
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE_CONFIG = EXAMPLES / "qlora.yaml"
 # Chosen on the Data tab, not in the form.
-ELSEWHERE = ("data", "eval_data", "skip_bad_rows")
+ELSEWHERE = ("data", "eval_data", "skip_bad_rows", "columns")
+# Fields of a run that stand beside the preview they change, on the Data tab.
+BESIDE_PREVIEW = ("template", "loss_on")
 SIMPLE = ("base_model", "method", "rank", "num_epochs", "max_steps", "name")
 # A person's own choice, whatever the data; the others follow the dataset while nobody has changed them.
 KEPT = ("base_model", "method", "rank")
@@ -34,6 +36,7 @@ GROUPS = {
 }
 LABELS = {
     "base_model": "Base model",
+    "loss_on": "Loss on",
     "num_epochs": "Epochs",
     "max_steps": "Steps",
     "name": "Name of the run",
@@ -57,6 +60,11 @@ LABELS = {
 }
 CHOICE_LABELS = {
     "method": [("QLoRA", "qlora"), ("LoRA", "lora")],
+    "loss_on": [
+        ("all responses", "all_responses"),
+        ("the last response", "last_response"),
+        ("everything, prompts too", "everything"),
+    ],
     "base_model": [("bundled: SmolLM2-135M-Instruct", "bundled")],
 }
 # What an empty field stands for, where it is not chosen by itself.
@@ -97,6 +105,8 @@ def component(name: str, value: Any) -> gr.components.Component:
         return gr.Dropdown(
             choices or list(TARGET_PRESETS), value=to_form(name, value), allow_custom_value=True, **common
         )
+    if name == "template":  # filled by the choice beside it; a template may have many lines
+        return gr.Textbox(value=value, lines=6, max_lines=16, elem_classes="lab-code", **common)
     if choices:
         return gr.Radio(choices, value=value, **common)
     if spec.type is bool:

@@ -31,19 +31,19 @@ def build_app(settings: Settings) -> gr.Blocks:
             with gr.Tab("Data", id=DATA):
                 data = DataTab(settings)
             with gr.Tab("Train", id=TRAIN) as train_tab:
-                train = TrainTab(settings)
+                train = TrainTab(settings, data.fields)
             with gr.Tab("Runs", id=RUNS):
                 runs = RunsTab(settings, status)
             with gr.Tab("Publish", id=PUBLISH) as publish_tab:
                 publish = PublishTab(settings)
-        picked = data.connect(train.fields["base_model"], train.fields["max_seq_length"], HIDDEN)
+        picked = data.connect(train.fields["base_model"], train.fields, HIDDEN)
         train.connect(data.chosen, picked, HIDDEN)
         train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
         runs.connect(HIDDEN)
         publish.connect(HIDDEN)
         _connect_tabs(tabs, publish_tab, data, train, runs, publish)
         _open_page(demo, tabs, runs, settings)
-        opened = data.on_load(demo, train.fields["base_model"], train.fields["max_seq_length"], HIDDEN)
+        opened = data.on_load(demo, HIDDEN)
         opened.then(train.settle, [data.chosen, *train.inputs], train.inputs, **HIDDEN)
         add_endpoints(settings)
     return demo

@@ -17,7 +17,7 @@ from qlora_core.run_status import ACTIVE
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
-from qlora_core.ui.preview import safe_name
+from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.words import empty, esc, facts, loss, problems_panel, size
 
 ONTO = [

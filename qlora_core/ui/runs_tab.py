@@ -1,6 +1,6 @@
 """The Runs tab: all runs, and one of them live. A timer compares a cursor and sends only what changed."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -14,9 +14,9 @@ from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUN
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
+from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.combine import CombinePart
 from qlora_core.ui.comparing import differences_html
-from qlora_core.ui.data_tab import Chosen
 from qlora_core.ui.plots import plot
 from qlora_core.ui.result_view import result_html
 from qlora_core.ui.status import status_html
@@ -277,10 +277,11 @@ class RunsTab:
         except LabError:
             return None
         rows = RunStore(self.settings).get(selected).dataset()
-        if not Path(config.data).is_file():
+        chosen = Chosen(config.data, config.eval_data, 0, False, config.skip_bad_rows, columns=config.columns)
+        if not chosen.file.is_file():
             return None, config
-        total = rows.train_rows if config.eval_data else rows.train_rows + rows.eval_rows
-        return Chosen(config.data, config.eval_data, total, False, config.skip_bad_rows), config
+        total = rows.train_rows if chosen.eval_file else rows.train_rows + rows.eval_rows
+        return replace(chosen, rows=total), config
 
 
 def _closed() -> tuple[Any, Any]:

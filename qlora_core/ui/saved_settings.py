@@ -1,16 +1,16 @@
 """The Train form as a YAML file and back. What comes back was written by anyone: it names no file of this machine at will."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_core.config import TrainConfig
-from qlora_core.data.inspection import inspect
+from qlora_core.data.locate import LINEAGE
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
-from qlora_core.ui.data_tab import Chosen
+from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.form import EXAMPLES
-from qlora_core.ui.preview import safe_name
+from qlora_core.ui.uploads import safe_name
 
 MOST_BYTES = 200_000
 # The browser makes the file itself: nothing is written here, and nothing has to be cleared away.
@@ -59,16 +59,17 @@ def _dataset(config: TrainConfig, settings: Settings) -> tuple[Chosen | None, tu
     missing = [path.name for path in wanted if not _is_ours(path, settings)]
     if missing:
         return None, (f"{' and '.join(missing)} is not among the datasets here; the chosen dataset stays",)
+    chosen = Chosen(
+        config.data, config.eval_data, 0, wanted[0].is_relative_to(EXAMPLES), config.skip_bad_rows, 0, config.columns
+    )
     try:
-        report = inspect(wanted[0], max_row_bytes=settings.max_row_bytes)
+        report = rows_of(chosen, settings).report
     except LabError as error:
         return None, (*error.problems, "the chosen dataset stays")
-    is_example = wanted[0].is_relative_to(EXAMPLES)
-    return Chosen(
-        config.data, config.eval_data, report.rows, is_example, config.skip_bad_rows, len(report.problems)
-    ), ()
+    return replace(chosen, rows=report.rows, bad_rows=report.bad_rows), ()
 
 
 def _is_ours(path: Path, settings: Settings) -> bool:
-    folders = (settings.home / "uploads", EXAMPLES)
-    return path.is_file() and any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
+    folders = (*(settings.home / name for name in ("uploads", "datasets", "hub-datasets")), EXAMPLES)
+    there = path.is_file() or (path / LINEAGE).is_file()
+    return there and any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)

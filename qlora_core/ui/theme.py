@@ -123,6 +123,13 @@ footer .divider { display: none; }
 .lab-sticky { position: sticky; top: 12px; align-self: flex-start; }
 button:focus-visible, a:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--running) !important;
   outline-offset: 2px; }
+.lab-links { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px 0 0; }
+.lab-sources { margin: 10px 0 0; padding-left: 18px; list-style: disc; }
+.lab-job { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px;
+  background: var(--block-background-fill); }
+.lab-job .lab-bar { margin-top: 8px; }
+.lab-bar.moving i { animation: lab-moving 1.6s ease-in-out infinite alternate; opacity: .5; }
+@keyframes lab-moving { from { transform: translateX(-60%); } to { transform: translateX(60%); } }
 .lab-link { display: inline-block; border: 1px solid var(--neutral-400); border-radius: 8px; padding: 8px 14px;
   font-weight: 600; text-decoration: none !important; }
 """
@@ -222,6 +229,8 @@ _TOKENS = """
 .lab-tokens .special { font-weight: 700; border: 1px solid color-mix(in srgb, currentColor 45%, transparent);
   border-radius: 4px; padding: 0 2px; }
 .lab-tokens .cut { opacity: .45; text-decoration: line-through; }
+.lab-tokens .cut-line { display: inline-block; padding: 0 8px; margin: 0 2px; border-radius: 4px; font-size: .76rem;
+  color: var(--failed); background: var(--warn-soft); }
 .lab-tokens .newline { opacity: .5; font-style: normal; }
 """
 

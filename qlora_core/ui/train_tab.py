@@ -15,7 +15,8 @@ from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import advice, form, saved_settings
 from qlora_core.ui.advice import Advice, Looked
-from qlora_core.ui.data_tab import Chosen
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.preview import How
 from qlora_core.ui.words import METHOD_NAMES, counted, esc, problems_panel
 
 LOOKING = "Looking at the rows and at the model’s layers …"
@@ -29,9 +30,10 @@ PROBLEMS_CSS = ".lab-problems { min-height: 196px; }"
 class TrainTab:
     """Builds the form from TrainConfig's metadata. `fields` maps each field to its component."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, beside_preview: dict[str, gr.components.Component] | None = None) -> None:
+        """`beside_preview`: components of fields that stand on the Data tab."""
         self.settings, self.advice = settings, Advice(settings)
-        self.fields: dict[str, gr.components.Component] = {}
+        self.fields: dict[str, gr.components.Component] = dict(beside_preview or {})
         config = form.example_config()
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -82,7 +84,11 @@ class TrainTab:
 
     def _advanced(self, config: TrainConfig) -> None:
         for number, (group, title) in enumerate(form.GROUPS.items()):
-            names = [n for n, spec in form.SPECS.items() if spec.metadata["group"] == group and n not in form.SIMPLE]
+            names = [
+                n
+                for n, spec in form.SPECS.items()
+                if spec.metadata["group"] == group and n not in (*form.SIMPLE, *self.fields)
+            ]
             gr.HTML(f'<div class="lab-group{"" if number else " first"}">{title}</div>')
             for begin in range(0, len(names), 2):
                 with gr.Row(equal_height=True):
@@ -108,10 +114,11 @@ class TrainTab:
             trigger_mode="always_last",
             **hidden,
         )
-        base = self.fields["base_model"]
-        gr.on([base.change, chosen.change], self.look, [chosen, base], None, trigger_mode="always_last", **hidden).then(
-            self.check, form_now, watched, **hidden
-        )
+        looked_at = [self.fields[name] for name in ("base_model", *form.BESIDE_PREVIEW)]
+        changes = [component.change for component in looked_at]
+        gr.on(
+            [*changes, chosen.change], self.look, [chosen, *looked_at], None, trigger_mode="always_last", **hidden
+        ).then(self.check, form_now, watched, **hidden)
         for event in picked:
             event.then(self.settle, form_now, self.inputs, **hidden)
         self.findings.select(self.apply, None, self.inputs, **hidden)
@@ -125,23 +132,30 @@ class TrainTab:
         """The models that can be the base of a run now: merged ones come while the page is open."""
         return gr.Dropdown(choices=form.bases(self.settings))
 
-    def look(self, chosen: Chosen, base_model: str) -> None:
+    def look(self, chosen: Chosen, *how: str) -> None:
         """Find out what the next check wants to know."""
-        self.advice.look(chosen, base_model)
+        self.advice.look(chosen, How(*how))
 
     def check(self, chosen: Chosen, *values: Any) -> tuple[str, Any, str, str, str]:
         """(plan, command line, problems, dataset line, findings) for what the form says now."""
         dataset = dataset_html(chosen)
         try:
             config = self._config(chosen, values)
-            looked = self.advice.known(chosen, config.base_model)
+            looked = self.advice.known(chosen, how_of(config))
             layers = layers_text(config, looked)
         except ConfigError as error:
             return NO_PLAN, "", marked_problems(error.problems), dataset, ""
         told = advice.waiting_html(LOOKING)
         if looked:
             told = advice.findings_html(findings(self.advice.facts(config, chosen, looked)))
-        return plan_html(config, chosen.rows, layers), form.command_line(config), "", dataset, told
+        apart = chosen.eval_file is not None
+        return (
+            plan_html(config, chosen.rows, layers, evaluated_apart=apart),
+            form.command_line(config),
+            "",
+            dataset,
+            told,
+        )
 
     def apply(self, event: gr.EventData) -> list[Any]:
         """The form with the remedy whose button was clicked."""
@@ -150,11 +164,12 @@ class TrainTab:
 
     def recommended(self, chosen: Chosen, *values: Any) -> list[Any]:
         """(reasons, form): what we would choose for this dataset and device."""
-        base_model = dict(zip(form.SPECS, values, strict=True))["base_model"]
+        named = dict(zip(form.SPECS, values, strict=True))
+        base_model = named["base_model"]
         try:
             if problem := chosen.problem():
                 raise ConfigError(problem)
-            looked = self.advice.look(chosen, base_model)
+            looked = self.advice.look(chosen, How(base_model, named["template"], named["loss_on"]))
             try:
                 before = self._config(chosen, values)
             except ConfigError:  # a form with mistakes is filled too
@@ -209,7 +224,7 @@ class TrainTab:
 
     def _refuse_what_stops(self, config: TrainConfig, chosen: Chosen) -> None:
         """Raises ConfigError with every finding that must be mended first."""
-        looked = self.advice.known(chosen, config.base_model) or self.advice.look(chosen, config.base_model)
+        looked = self.advice.known(chosen, how_of(config)) or self.advice.look(chosen, how_of(config))
         layers_text(config, looked)
         facts = self.advice.facts(config, chosen, looked)
         stops = [f"{finding.title}. {finding.why}" for finding in findings(facts) if finding.severity == STOP]
@@ -224,6 +239,10 @@ class TrainTab:
         if problem := chosen.problem():
             raise ConfigError(problem)
         return form.to_config(dict(zip(form.SPECS, values, strict=True)), chosen.config_fields())
+
+
+def how_of(config: TrainConfig) -> How:
+    return How(config.base_model, config.template, config.loss_on)
 
 
 def start_run(config: TrainConfig, settings: Settings) -> Run:
@@ -252,14 +271,14 @@ def layers_text(config: TrainConfig, looked: Looked | None) -> str:
     return f"Adapter on {targets.sentence(looked.architecture, config)}"
 
 
-def plan_html(config: TrainConfig, rows: int, layers: str | None) -> str:
+def plan_html(config: TrainConfig, rows: int, layers: str | None, *, evaluated_apart: bool = False) -> str:
     """What Start will do: method and base, steps, and which layers learn."""
     base = config.base_model if config.base_model != "bundled" else "the bundled model"
     if Path(base).is_absolute():
         base = Path(base).name
     sentence = f"{METHOD_NAMES[config.method]}, rank {config.rank}, on {esc(base)}"
     if rows or config.max_steps:
-        train_rows = rows if config.eval_data else rows - max(1, round(rows * config.eval_fraction))
+        train_rows = rows if config.eval_data or evaluated_apart else rows - max(1, round(rows * config.eval_fraction))
         steps = form.planned_steps(config, train_rows)
         detail = f"{counted(steps, 'step')} of {counted(config.rows_per_step, 'row')}"
     else:
@@ -276,6 +295,6 @@ def dataset_html(chosen: Chosen | None) -> str:
         return '<p class="lab-hint">&nbsp;</p>'
     if not chosen.path:
         return '<p class="lab-warn">No dataset is chosen.</p>'
-    evaluated = f", evaluated on {Path(chosen.eval_path).name}" if chosen.eval_path else ""
-    text = f"{Path(chosen.path).name} · {counted(chosen.rows, 'row')}{evaluated}"
+    evaluated = f", evaluated on {chosen.eval_file.name}" if chosen.eval_file else ""
+    text = f"{chosen.name} · {counted(chosen.rows, 'row')}{evaluated}"
     return f'<p style="margin:0"><span class="lab-hint">Dataset</span> <b>{esc(text)}</b></p>'

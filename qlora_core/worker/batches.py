@@ -4,7 +4,7 @@ import inspect
 import math
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qlora_core.tokens import RenderedExample
+from qlora_core.token_cache import TokenTable
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Row:
     supervised: Sequence[bool]
 
     @classmethod
-    def of(cls, rendered: RenderedExample) -> "Row":
-        cut_at = rendered.cut_at
-        return cls(rendered.line, array("i", rendered.token_ids[:cut_at]), bytes(rendered.supervised[:cut_at]))
+    def all_of(cls, table: TokenTable, max_seq_length: int) -> Iterator["Row"]:
+        for number in range(len(table)):
+            line, ids, supervised = table.row(number, max_seq_length)
+            yield cls(line, array("i", ids.tobytes()), supervised.tobytes())
 
     @property
     def supervised_tokens(self) -> int:

@@ -35,7 +35,7 @@ class Combination(Training):
         if any(isinstance(event, events.Launched) and event.attempt > 1 for event in self.run.events()[0]):
             self.say(events.Resumed(from_step=0))  # nothing of an earlier attempt holds: it begins anew
         try:
-            self.tokenizer = load_tokenizer(self.base.folder)
+            self.tokenizer = load_tokenizer(self.base.folder, self.config.template)
             self.phase("reading the dataset")
             self.rows = read_rows(self.run, self.tokenizer)
             for remark in self.run.dataset().remarks():
@@ -145,7 +145,7 @@ class Combination(Training):
             self.run,
             ending,
             how={
-                "template": template_name(self.tokenizer),
+                "template": template_name(self.tokenizer, self.config.template),
                 "compute_dtype": self.dtype,
                 "path": {"packed": "padded: one evaluation, no training", "compiled": "eager: no training"},
                 "combination": self.combination | {"help": METHODS[method].help},

@@ -5,13 +5,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qlora_core import token_cache
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import Example
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import DatasetError
 from qlora_core.models import BaseModel
 from qlora_core.runs import Run
-from qlora_core.tokens import prompt_ids, render
+from qlora_core.tokens import prompt_ids
 from qlora_core.worker.batches import Row
 
 
@@ -40,38 +41,34 @@ class _File:
 
 
 def read_rows(run: Run, tokenizer: Any) -> Rows:
-    """Render every row once. Raises DatasetError when nothing in the file would be learnt, or a row does not fit the model."""
-    folder, config = run.path / "dataset", run.config()
-    train = _rendered(folder / "train.jsonl", tokenizer, config)
-    evaluation = _rendered(folder / "eval.jsonl", tokenizer, config)
+    """Every row as tokens. Raises DatasetError when nothing in the file would be learnt, or a row does not fit the model."""
+    folder, config, dataset = run.path / "dataset", run.config(), run.dataset()
+    train = _read(folder / "train.jsonl", dataset.train_fingerprint, tokenizer, run)
+    evaluation = _read(folder / "eval.jsonl", dataset.eval_fingerprint, tokenizer, run)
     _check_something_is_learnt(train, evaluation, config.max_seq_length)
     scored = list(islice(read_stored(folder / "eval.jsonl"), config.score_rows))
     _check_positions([*train.rows, *evaluation.rows], scored, tokenizer, config, run.base_model())
     return Rows(train.rows, evaluation.rows, scored, train.cut, train.left_out, evaluation.left_out)
 
 
-def _rendered(path: Path, tokenizer: Any, config: TrainConfig) -> _File:
-    rows, cut, left_out, longest, refused = [], 0, [], 0, []
-    for example in read_stored(path):
-        try:
-            rendered = render(example, tokenizer, max_seq_length=config.max_seq_length)
-        except DatasetError as error:
-            refused.extend(error.problems)
-            left_out.append(example.line)
-            continue
-        cut += rendered.is_cut
-        longest = max(longest, len(rendered.token_ids))
-        if rendered.supervised_tokens:
-            rows.append(Row.of(rendered))
-        else:
-            left_out.append(example.line)
-    if refused and not config.skip_bad_rows:
+def _read(path: Path, fingerprint: str, tokenizer: Any, run: Run) -> _File:
+    config = run.config()
+    table = token_cache.table(fingerprint, lambda: read_stored(path), tokenizer, run.settings, loss_on=config.loss_on)
+    if table.refused and not config.skip_bad_rows:
         raise DatasetError(
-            f"{len(refused):,} rows cannot be written in the model's chat template; mend them, or leave them out with "
-            "skip_bad_rows",
-            *refused[:20],
+            f"{len(table.refused):,} rows cannot be written in the chat template; mend them, choose another template, or "
+            "leave them out with skip_bad_rows",
+            *(row.problem for row in table.refused[:20]),
         )
-    return _File(rows, cut, tuple(left_out), longest)
+    rows, left_out = [], [row.line for row in table.refused]
+    for row in Row.all_of(table, config.max_seq_length):
+        if row.supervised_tokens:
+            rows.append(row)
+        else:
+            left_out.append(row.line)
+    lengths = table.lengths
+    cut = int((lengths > config.max_seq_length).sum())
+    return _File(rows, cut, tuple(sorted(left_out)), int(lengths.max(initial=0)))
 
 
 def _check_something_is_learnt(train: _File, evaluation: _File, max_seq_length: int) -> None:

@@ -98,7 +98,7 @@ class Training:
         self.say(events.Phase(name=name, done=done, total=total))
 
     def run_to_end(self) -> None:
-        self.tokenizer = load_tokenizer(self.base.folder)
+        self.tokenizer = load_tokenizer(self.base.folder, self.config.template)
         self.phase("reading the dataset")
         self.rows = read_rows(self.run, self.tokenizer)
         for remark in self.run.dataset().remarks():
@@ -163,7 +163,7 @@ class Training:
                 eval_rows_left_out=self.rows.eval_left_out,
                 device=hardware.describe(self.device),
                 compute_dtype=self.dtype,
-                template=template_name(self.tokenizer),
+                template=template_name(self.tokenizer, self.config.template),
                 packed=steps.packed,
                 packed_reason=steps.packed_reason,
                 compiled=steps.compiled,

@@ -1,0 +1,36 @@
+"""Settings as options of the command line, in kebab case. The settings themselves check the values."""
+
+import argparse
+import json
+from dataclasses import fields
+from typing import Any
+
+from qlora_core.options import Options
+
+
+def add_options(command: argparse.ArgumentParser, kind: type[Options]) -> None:
+    """Every field as an option of the same name."""
+    for spec in fields(kind):  # type: ignore[arg-type]
+        option = f"--{spec.name.replace('_', '-')}"
+        help_text = spec.metadata["help"].replace("%", "%%")
+        if spec.type is bool:
+            command.add_argument(
+                option, dest=f"config_{spec.name}", action=argparse.BooleanOptionalAction, default=None, help=help_text
+            )
+        else:
+            command.add_argument(option, dest=f"config_{spec.name}", metavar="VALUE", help=help_text)
+
+
+def given_options(options: argparse.Namespace, kind: type[Options]) -> dict[str, Any]:
+    """The fields that were given, by name; a list of names is split at its commas."""
+    given = {spec.name: getattr(options, f"config_{spec.name}") for spec in fields(kind)}  # type: ignore[arg-type]
+    lists = {spec.name for spec in fields(kind) if spec.type == tuple[str, ...]}  # type: ignore[arg-type]
+    return {
+        name: [part.strip() for part in value.split(",") if part.strip()] if name in lists else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))

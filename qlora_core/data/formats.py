@@ -1,0 +1,435 @@
+"""Records -> examples: which columns hold prompt, response, conversation or text, and what is wrong with a row's values."""
+
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from qlora_core.data.files import DEFAULT_LIMITS, Limits, Record, Watch, kind_of, read_records
+from qlora_core.data.json_rows import FORMS_HELP
+from qlora_core.data.rows import ROLES, TEXT_ROLE, BlankLine, Example, Message, Problem, Unusable, json_type, shown
+from qlora_core.errors import DatasetError
+
+ALPACA, PROMPT_COMPLETION, MESSAGES = "Alpaca columns", "prompt/completion", "chat messages"
+SHAREGPT, TEXT, BY_HAND = "ShareGPT conversations", "plain text", "columns chosen by hand"
+# What a column can be for. The first five make a conversation of one turn.
+COLUMN_ROLES = ("prompt", "response", "input", "system", "messages", "tools", "text")
+# Looked at before the form of a file is decided.
+LOOKED_AT, MOST_LOOKED_AT = 200, 50_000  # rows, and entries with those that are blank or damaged
+LOOKED_AT_BYTES = 2_000_000
+# Names that other datasets have for the same; proposed, never taken without a word.
+_PROMPTS = (
+    "question",
+    "query",
+    "instruction",
+    "prompt",
+    "input",
+    "user",
+    "human",
+    "problem",
+    "source",
+    "request",
+    "en",
+)
+_RESPONSES = (
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "target",
+    "assistant",
+    "solution",
+    "reply",
+    "label",
+    "summary",
+)
+_CONVERSATIONS = ("conversation", "dialogue", "dialog", "chat", "turns", "history")
+_TEXTS = ("content", "body", "document", "article", "passage", "story")
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+# Control characters other than tab, newline and carriage return; and halves of surrogate pairs, which no UTF-8 can hold.
+UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How the rows of a file are read. `columns`: what each role's column may be called; a row has the first that is there.
+    Without a form the rows cannot be read, and `proposal` is what a person may confirm, role -> column."""
+
+    form: str | None
+    reason: str
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    proposal: dict[str, str] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Detection":
+        columns = {role: tuple(names) for role, names in values["columns"].items()}
+        return cls(values["form"], values["reason"], columns, values["proposal"], tuple(values["seen"]))
+
+
+_KNOWN = {
+    MESSAGES: {"messages": ("messages",), "tools": ("tools",)},
+    SHAREGPT: {"messages": ("conversations",), "system": ("system",), "tools": ("tools",)},
+    PROMPT_COMPLETION: {"prompt": ("prompt",), "response": ("completion",), "system": ("system",)},
+    ALPACA: {
+        "prompt": ("instruction",),
+        "input": ("input", "context"),
+        "response": ("output", "response"),
+        "system": ("system",),
+    },
+    TEXT: {"text": ("text",)},
+}
+
+
+def form_of(values: dict[str, Any]) -> str | None:
+    """The form that the row's keys belong to, or None."""
+    if "messages" in values:
+        return MESSAGES
+    if "conversations" in values:
+        return SHAREGPT
+    if "prompt" in values and "completion" in values:
+        return PROMPT_COMPLETION
+    if "instruction" in values:
+        return ALPACA
+    return TEXT if "text" in values else None
+
+
+def detect(rows: Sequence[dict[str, Any]], *, columns: str = "") -> Detection:
+    """The form that most of the rows have; `columns` ("prompt=question, response=answer") overrules it.
+
+    Raises DatasetError where `columns` cannot be read or names what no row has.
+    """
+    names = tuple(dict.fromkeys(name for values in rows for name in values))
+    if columns:
+        return _by_hand(parse_columns(columns), names)
+    counts = Counter(form for values in rows if (form := form_of(values)))
+    if not counts:
+        listed = ", ".join(map(repr, names[:8])) or "none"
+        proposal = _proposal(rows, names)
+        return Detection(None, f"the columns {listed} are none of the known forms", {}, proposal, names)
+    form, count = counts.most_common(1)[0]
+    known = _KNOWN[form]
+    there = [next((name for name in known[role] if name in names), None) for role in known]
+    listed = ", ".join(f"'{name}'" for name in there if name)
+    whose = "every row" if count == len(rows) else f"{count} of the first {len(rows)} rows"
+    return Detection(
+        form, f"{whose} looked at {'has' if count in (1, len(rows)) else 'have'} {listed}", known, {}, names
+    )
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """ "prompt=question, response=answer" -> role: column. Raises DatasetError naming all that is wrong."""
+    columns, problems = {}, []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        role, found, name = (piece.strip() for piece in part.partition("="))
+        if not found or not name or role not in COLUMN_ROLES:
+            problems.append(f"columns: {part!r} is no role=column; roles are {', '.join(COLUMN_ROLES)}")
+        elif role in columns:
+            problems.append(f"columns: {role} is given twice")
+        columns[role] = name
+    complete = "messages" in columns or "text" in columns or {"prompt", "response"} <= columns.keys()
+    if not problems and (not complete or ("text" in columns and len(columns) > 1)):
+        problems.append(
+            f"columns: {text!r} makes no row; name prompt and response (and input, system), or messages (and system, tools), "
+            "or text alone: prompt=question, response=answer"
+        )
+    if problems:
+        raise DatasetError(*problems)
+    return columns
+
+
+def _by_hand(chosen: dict[str, str], names: tuple[str, ...]) -> Detection:
+    if missing := [name for name in chosen.values() if name not in names]:
+        there = ", ".join(map(repr, names[:12])) or "none"
+        raise DatasetError(*(f"columns: no row has a column {name!r}; there are {there}" for name in missing))
+    told = ", ".join(f"{role} = {name!r}" for role, name in chosen.items())
+    return Detection(BY_HAND, f"as chosen: {told}", {role: (name,) for role, name in chosen.items()}, {}, names)
+
+
+def _proposal(rows: Sequence[dict[str, Any]], names: tuple[str, ...]) -> dict[str, str]:
+    """The likeliest columns by their names and what they hold."""
+    by_name = {name.lower(): name for name in names}
+
+    def first(wanted: tuple[str, ...], holds: type) -> str | None:
+        matches = (by_name[name] for name in wanted if name in by_name)
+        return next((n for n in matches if any(isinstance(values.get(n), holds) for values in rows)), None)
+
+    if conversation := first(_CONVERSATIONS, list):
+        return {"messages": conversation}
+    prompt, response = first(_PROMPTS, str), first(_RESPONSES, str)
+    if prompt and response and prompt != response:
+        system = first(("system", "system_prompt"), str)
+        return {"prompt": prompt, "response": response} | ({"system": system} if system else {})
+    if text := first(_TEXTS, str):
+        return {"text": text}
+    return {}
+
+
+def read_rows(
+    path: Path, *, limits: Limits = DEFAULT_LIMITS, columns: str = "", watch: Watch | None = None
+) -> tuple[Detection, Iterator[Example | Problem | BlankLine]]:
+    """(how the file is read, every row of it in order as what it is). Rows of another form than the file's are problems.
+
+    Raises DatasetError as `read_records` and `detect` do.
+    """
+    unit = kind_of(path).unit
+    records = read_records(path, limits, watch=watch)
+    looked: deque[Record | Problem | BlankLine] = deque()
+    found: list[dict[str, Any]] = []
+    size = 0
+    while len(found) < LOOKED_AT and size < LOOKED_AT_BYTES and (record := next(records, None)):
+        looked.append(record)
+        if isinstance(record, Record):
+            found.append(record.values)
+            size += record.size
+        elif len(looked) >= MOST_LOOKED_AT:
+            break
+    detection = detect(found, columns=columns)
+    found.clear()
+    return detection, (
+        _row(record, detection, unit) if isinstance(record, Record) else record
+        for record in chain(_taken(looked), records)
+    )
+
+
+def detection_of(path: Path, limits: Limits = DEFAULT_LIMITS) -> Detection:
+    """How the file would be read, by its first rows. Raises DatasetError as `read_rows` does."""
+    return read_rows(path, limits=limits)[0]
+
+
+def _taken(entries: deque[Any]) -> Iterator[Any]:
+    """Each entry once; what has been read is not held any longer."""
+    while entries:
+        yield entries.popleft()
+
+
+def _row(record: Record, detection: Detection, unit: str) -> Example | Problem:
+    try:
+        return _example(record, detection)
+    except Unusable as problem:
+        return Problem(record.line, *problem.args, unit=unit)
+
+
+def _example(record: Record, detection: Detection) -> Example:
+    values = record.values
+    if detection.form != BY_HAND:
+        found = form_of(values)
+        if found is None:
+            keys = ", ".join(repr(key) for key in list(values)[:6]) or "none"
+            raise Unusable("unknown columns", f"has the keys {keys}; {FORMS_HELP}")
+        if found != detection.form:
+            raise Unusable(
+                "mixed formats",
+                f"has {found}, but the file's rows have {detection.form}; keep one form a file (several files may differ)",
+            )
+    used: list[str] = []
+
+    def column(role: str) -> str | None:
+        name = next((name for name in detection.columns.get(role, ()) if name in values), None)
+        if name is not None:
+            used.append(name)
+        return name
+
+    reader = _Reader(values, record.is_clean)
+    if "text" in detection.columns:
+        messages, extra, tools = reader.plain_text(column("text") or detection.columns["text"][0]), "", ""
+    elif "messages" in detection.columns:
+        messages = reader.conversation(column("messages") or detection.columns["messages"][0])
+        extra, tools = "", reader.tools(column("tools"))
+    else:
+        prompt = column("prompt") or detection.columns["prompt"][0]
+        answer = column("response")
+        if answer is None:
+            names = " and no ".join(map(repr, detection.columns["response"]))
+            raise Unusable("no response", f"has no {names}; each row needs the answer to learn")
+        messages, extra, tools = reader.turn(prompt, answer), reader.text(column("input"), needed=False), ""
+    if (system := column("system")) and (text := reader.text(system, needed=False)).strip():
+        if messages[0].role == "system":
+            raise Unusable("two system prompts", f"has {system!r} and a system message; keep one")
+        messages = (Message("system", text), *messages)
+    rest = {name: value for name, value in values.items() if name not in used} if len(values) > len(used) else {}
+    return Example(record.line, messages, extra, detection.form or "", rest | reader.unread, tools)
+
+
+class _Reader:
+    """Takes the values of one row apart. `unread` collects what stands in messages and is not made into tokens."""
+
+    def __init__(self, values: dict[str, Any], is_clean: bool) -> None:
+        self.values, self.is_clean = values, is_clean
+        self.unread: dict[str, Any] = {}
+
+    def text(self, name: str | None, *, needed: bool = True) -> str:
+        if name is None or (not needed and self.values.get(name) is None):
+            return ""
+        if name not in self.values:
+            raise Unusable("wrong type", f"{name!r} is missing; expected text")
+        return self._checked(self.values[name], repr(name), needed=needed)
+
+    def plain_text(self, name: str) -> tuple[Message, ...]:
+        return (Message(TEXT_ROLE, self.text(name)),)
+
+    def turn(self, prompt: str, answer: str) -> tuple[Message, ...]:
+        """One question and one answer; each may also be a list of messages, as TRL has it."""
+        if isinstance(self.values.get(prompt), list) and isinstance(self.values.get(answer), list):
+            return self._conversation([*self.values[prompt], *self.values[answer]], f"{prompt}, {answer}")
+        return Message("user", self.text(prompt)), Message("assistant", self._response(answer))
+
+    def _response(self, name: str) -> str:
+        value = self.values[name]
+        if isinstance(value, str) and not value.strip():
+            raise Unusable("empty response", f"{name!r} is empty; write the text or remove the row")
+        return self.text(name)
+
+    def _checked(self, value: Any, what: str, *, needed: bool = True) -> str:
+        if not isinstance(value, str):
+            raise Unusable("wrong type", f"{what} is {shown(value)}; expected text")
+        if needed and not value.strip():
+            raise Unusable("empty text", f"{what} is empty; write the text or remove the row")
+        if not self.is_clean and (found := UNUSABLE.search(value)):
+            code = ord(found[0])
+            kind = "half of a surrogate pair" if code >= 0xD800 else "a control character"
+            raise Unusable(
+                "control character", f"{what} holds {kind} (U+{code:04X}) at character {found.start() + 1}; remove it"
+            )
+        return value
+
+    def tools(self, name: str | None) -> str:
+        """The tools that the conversation may call, as JSON text; empty without any."""
+        value = self.values.get(name) if name else None
+        if isinstance(value, str) and value.strip():
+            value = _json_value(value)
+        if value in (None, "", []):
+            return ""
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise Unusable("wrong type", f"{name!r} is {shown(value)}; expected a list of tools as JSON objects")
+        return self._checked(json.dumps(value, ensure_ascii=False), repr(name))
+
+    def conversation(self, name: str) -> tuple[Message, ...]:
+        value = self.values.get(name)
+        # Tables and Parquet files often hold the conversation as JSON text.
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = _json_value(value)
+        return self._conversation(value, name)
+
+    def _conversation(self, value: Any, name: str) -> tuple[Message, ...]:
+        if not isinstance(value, list) or not value:
+            raise Unusable("no messages", f"{name!r} is {shown(value)}; expected a list of {{'role', 'content'}}")
+        messages = tuple(self._message(number, item) for number, item in enumerate(value, 1))
+        if not any(message.role == "assistant" for message in messages):
+            raise Unusable(
+                "no response", "no message has the role 'assistant'; each conversation needs a reply to learn"
+            )
+        if messages[0].role == "assistant":
+            raise Unusable("no prompt", "the first message is the assistant's; a reply needs something to reply to")
+        return messages
+
+    def _message(self, number: int, item: Any) -> Message:
+        if not isinstance(item, dict):
+            raise Unusable(
+                "wrong type", f"message {number} is a JSON {json_type(item)}; expected {{'role', 'content'}}"
+            )
+        speaker, text = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+        said = item.get(speaker)
+        role = said if said in ROLES else _SPEAKERS.get(said.strip().lower()) if isinstance(said, str) else None
+        if role is None or (speaker == "role" and said not in (*ROLES, "function")):
+            allowed = ROLES if speaker == "role" else tuple(_SPEAKERS)
+            raise Unusable(
+                "unknown role", f"message {number} has the {speaker} {shown(said)}; use {', '.join(allowed)}"
+            )
+        where, content = f"message {number}: {text!r}", item.get(text)
+        calls = self._calls(number, item.get("tool_calls") or item.get("function_call"))
+        if said == "function_call" and isinstance(content, str) and (call := _json_value(content)) is not None:
+            calls, content = self._calls(number, call), None
+        if isinstance(content, list):
+            content = self._parts(number, content)
+        for key, value in item.items():
+            if key not in (speaker, text, "tool_calls", "function_call") and value is not None:
+                self.unread.setdefault(f"{key} of messages", value)
+        if calls and content in (None, ""):
+            return Message(role, "", calls)
+        if text not in item:
+            raise Unusable("wrong type", f"{where} is missing; expected text")
+        # What a tool answers may be nothing; what a person or the model says may not.
+        return Message(role, self._checked(content, where, needed=role != "tool"), calls)
+
+    def _parts(self, number: int, parts: list[Any]) -> str:
+        """OpenAI's list of parts, if all of them are text."""
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise Unusable(
+                    "not text", f"message {number} holds a part of type {shown(kind)}; only text can be trained on"
+                )
+        return "\n".join(part["text"] for part in parts)
+
+    def _calls(self, number: int, value: Any) -> str:
+        """Tool calls of a message as JSON text: arguments as an object, which is what chat templates expect."""
+        if isinstance(value, str):  # as Parquet files hold it
+            value = _json_value(value)
+        if not value:
+            return ""
+        calls = []
+        for call in value if isinstance(value, list) else [value]:
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise Unusable(
+                    "wrong type", f"message {number} has a tool call {shown(call)}; expected a function's name"
+                )
+            arguments = function.get("arguments", {})
+            if isinstance(arguments, str) and isinstance(found := _json_value(arguments), dict):
+                arguments = found
+            calls.append({"name": function["name"], "arguments": arguments})
+        return self._checked(json.dumps(calls, ensure_ascii=False), f"message {number}: 'tool_calls'")
+
+
+def row_of(example: Example, form: str) -> dict[str, Any]:
+    """The example as a row of that form, from which the same example is read again; its other columns come last.
+
+    All forms but Alpaca columns and plain text become chat messages.
+    """
+    if example.is_text:
+        return {"text": example.messages[0].content} | example.columns
+    if form == ALPACA and len(example.messages) <= 3 and example.messages[-1].role == "assistant":
+        *system, prompt, answer = example.messages
+        if len(system) == 0 or (len(system) == 1 and system[0].role == "system"):
+            row = {"instruction": prompt.content, "input": example.input, "output": answer.content}
+            return row | ({"system": system[0].content} if system else {}) | example.columns
+    messages = [_message_row(message) for message in example.messages]
+    if example.input:
+        asked = next(message for message in messages if message["role"] == "user")
+        asked["content"] += f"\n\n{example.input}"
+    row = {"messages": messages}
+    return row | ({"tools": json.loads(example.tools)} if example.tools else {}) | example.columns
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        row["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.tool_calls)]
+    return row
+
+
+def _json_value(text: str) -> Any:
+    """What the text says as JSON, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,197 @@
+"""Long work in a child process of its own, with progress, cancel and an outcome that survive a reload of the page.
+
+A job is a directory: what was asked, how far it is, how it ended. Knows nothing of what the work is.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qlora_core.errors import LabError
+from qlora_core.runs import lock
+from qlora_core.settings import Settings
+
+RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
+JOB = "QLORA_LAB_JOB"
+SAY_EVERY_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: `done` of `total` in `unit`; total 0 is unknown. `result` is what it made, `problems` why it failed."""
+
+    state: str
+    doing: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Cancelled(LabError):
+    """Ends the work of a job that somebody has asked to end."""
+
+
+@dataclass(frozen=True)
+class Job:
+    folder: Path
+
+    @property
+    def job_id(self) -> str:
+        return self.folder.name
+
+    @property
+    def arguments(self) -> list[str]:
+        """What it was started with."""
+        return json.loads((self.folder / "arguments.json").read_text())
+
+    def progress(self) -> Progress | None:
+        """None where there is no such job. A process that died without a word has failed."""
+        try:
+            values = json.loads((self.folder / "progress.json").read_text())
+        except (OSError, ValueError):
+            return None
+        found = Progress(**{**values, "problems": tuple(values["problems"])})
+        if found.state == RUNNING and not self._is_alive():
+            with suppress(OSError, ValueError):  # its last word may have come between the two looks
+                values = json.loads((self.folder / "progress.json").read_text())
+                found = Progress(**{**values, "problems": tuple(values["problems"])})
+            if found.state == RUNNING:
+                state = CANCELLED if (self.folder / "cancel").exists() else FAILED
+                log = self._log_tail()
+                told = ("the process ended without a word" + (f": {log}" if log else ""),) if state == FAILED else ()
+                return Progress(state, found.doing, found.done, found.total, found.unit, found.seconds, told)
+        return found
+
+    def cancel(self) -> None:
+        """Ask it to end; what it has half made is removed by itself."""
+        (self.folder / "cancel").touch()
+        with suppress(OSError, ValueError, ProcessLookupError):
+            if self._is_alive():
+                os.kill(int((self.folder / "lock").read_text()), signal.SIGTERM)
+
+    def _is_alive(self) -> bool:
+        with lock(self.folder / "lock", shared=True) as descriptor:
+            return descriptor is None
+
+    def _log_tail(self) -> str:
+        try:
+            lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:300] if lines else ""
+
+
+def find(job_id: str, settings: Settings) -> Job | None:
+    folder = settings.home / "jobs" / job_id
+    return Job(folder) if re.fullmatch(r"[0-9a-f]{24}", job_id) and (folder / "arguments.json").exists() else None
+
+
+def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = None, again: bool = False) -> Job:
+    """Run `python -m qlora_core ARGUMENTS` as a job; the same one that runs, or is done, is returned instead.
+
+    `again` repeats one that is done. A secret goes through a pipe: it is in no file, argument or environment.
+    """
+    folder = settings.home / "jobs" / hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:24]
+    job = Job(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock(folder.parent / ".lock", wait=True):
+        found = job.progress()
+        if found and (found.state == RUNNING or (found.state == DONE and not again)):
+            return job
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "arguments.json").write_text(json.dumps(list(arguments)))
+        _write(folder / "progress.json", Progress(RUNNING, "starting"))
+        with lock(folder / "lock") as descriptor, (folder / "log.txt").open("ab") as log:
+            assert descriptor is not None, "the folder is new"
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qlora_core", *arguments, *(["--token-from-stdin"] if secret else [])],
+                env=_environment(settings, folder),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # The child inherits the lock: it is free when the process has ended, however it ends.
+                pass_fds=(descriptor,),
+            )
+            os.write(descriptor, str(process.pid).encode())
+        assert process.stdin is not None
+        with process.stdin, suppress(BrokenPipeError):
+            process.stdin.write((secret or "").encode())
+    threading.Thread(target=process.wait, daemon=True).start()  # no zombie stays behind
+    return job
+
+
+def _environment(settings: Settings, folder: Path) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")},
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "USE_TORCH": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+        JOB: str(folder),
+        **{spec.metadata["env"]: str(getattr(settings, spec.name)) for spec in fields(settings)},
+    }
+
+
+class Reporter:
+    """The child's side: says how far it is, at most a few times a second, and raises Cancelled when it is asked to end.
+
+    Outside of a job it says nothing, or to `say`.
+    """
+
+    def __init__(self, say: Callable[[Progress], None] | None = None) -> None:
+        self._folder = Path(os.environ[JOB]) if os.environ.get(JOB) else None
+        self._say, self._begun, self._last = say, time.monotonic(), 0.0
+        if self._folder:
+            signal.signal(signal.SIGTERM, _raise_cancelled)
+
+    def __call__(self, doing: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last < SAY_EVERY_SECONDS and done < total:
+            return
+        self._last = now
+        progress = Progress(RUNNING, doing, done, total, unit, now - self._begun)
+        if self._folder:
+            _write(self._folder / "progress.json", progress)
+        if self._say:
+            self._say(progress)
+
+    def end(self, state: str, *, problems: Sequence[str] = (), result: dict[str, Any] | None = None) -> None:
+        if self._folder:
+            seconds = time.monotonic() - self._begun
+            told = Progress(state, seconds=seconds, problems=tuple(problems), result=result or {})
+            _write(self._folder / "progress.json", told)
+
+
+def end_with(error: Exception, problems: Sequence[str]) -> None:
+    """The last word of a job whose work has failed, or was cancelled; nothing outside of a job."""
+    if os.environ.get(JOB):
+        cancelled = isinstance(error, Cancelled)
+        told = Progress(CANCELLED if cancelled else FAILED, problems=() if cancelled else tuple(problems))
+        _write(Path(os.environ[JOB]) / "progress.json", told)
+
+
+def _raise_cancelled(*_: Any) -> None:
+    raise Cancelled("cancelled")
+
+
+def _write(path: Path, progress: Progress) -> None:
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    partial.write_text(json.dumps(asdict(progress)))
+    partial.rename(path)

@@ -1,0 +1,71 @@
+"""The dataset that Start will use, and its rows: an upload, an example, a fetched Hub dataset or a prepared one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_core.data.inspected import Inspected, inspect_into
+from qlora_core.data.locate import LINEAGE
+from qlora_core.settings import Settings
+from qlora_core.ui.words import counted
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`path` is what a run gets as its data: a file, or the folder of a prepared set; empty while none can be used."""
+
+    path: str
+    eval_path: str | None = None
+    rows: int = 0
+    is_example: bool = False
+    skip_bad_rows: bool = False
+    bad_rows: int = 0
+    columns: str = ""
+
+    @property
+    def is_prepared(self) -> bool:
+        return bool(self.path) and (Path(self.path) / LINEAGE).is_file()
+
+    @property
+    def file(self) -> Path:
+        """Where the rows to train on lie."""
+        return Path(self.path) / "train.jsonl" if self.is_prepared else Path(self.path)
+
+    @property
+    def eval_file(self) -> Path | None:
+        """Where the rows to evaluate on lie, if they are apart."""
+        held_out = Path(self.path) / "eval.jsonl"
+        if self.eval_path or not self.is_prepared:
+            return Path(self.eval_path) if self.eval_path else None
+        return held_out if held_out.exists() else None
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def problem(self) -> str | None:
+        """Why Start cannot use it, with the remedy; None when it can."""
+        if not self.path:
+            return "no dataset is chosen; choose one on the Data tab"
+        if self.bad_rows and not self.skip_bad_rows:
+            bad = counted(self.bad_rows, "row")
+            return (
+                f"{self.name} has {bad} that cannot be trained on; mend the file, or tick “Leave the listed rows out” on the "
+                "Data tab"
+            )
+        if self.rows == 1 and not self.eval_file:
+            return f"{self.name} has one usable row, and evaluation needs one of its own; add rows"
+        return None
+
+    def config_fields(self) -> dict[str, Any]:
+        return {
+            "data": self.path,
+            "eval_data": self.eval_path,
+            "skip_bad_rows": self.skip_bad_rows,
+            "columns": self.columns,
+        }
+
+
+def rows_of(chosen: Chosen, settings: Settings) -> Inspected:
+    """The usable rows, each to be had by its number. Raises DatasetError, OSError."""
+    return inspect_into(chosen.file, settings, columns=chosen.columns)

@@ -1,0 +1,261 @@
+"""The Prepare panel of the Data tab: settings of a preparation -> a job; its outcome as counts, downloads and a push."""
+
+import os
+import re
+import secrets
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from qlora_core import jobs
+from qlora_core.data import derived
+from qlora_core.data.inspection import DatasetReport
+from qlora_core.data.locate import LINEAGE
+from qlora_core.data.preparation import Preparation
+from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.errors import ConfigError, LabError
+from qlora_core.settings import Settings
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.dataset_report import steps_html
+from qlora_core.ui.progress import progress_html
+from qlora_core.ui.uploads import safe_name
+from qlora_core.ui.words import esc, problems_panel, size
+
+SPECS = {spec.name: spec for spec in fields(Preparation)}
+# Taken over from what is chosen beside the panel.
+ELSEWHERE = ("columns", "skip_bad_rows", "base_model", "template", "tokenise")
+GROUPS = {
+    "rows": "Clean",
+    "safety": "Personal data and toxicity",
+    "length": "Length",
+    "columns": "Columns and balance",
+    "split": "Split",
+    "card": "Card",
+}
+# Fields that name a column of the dataset.
+COLUMN_FIELDS = ("balance_by", "stratify_by")
+LABELS = {
+    "normalise": "Normalise line ends and trailing space",
+    "duplicates": "Duplicates",
+    "near_duplicates": "Near duplicates, similarity",
+    "toxicity_model": "Toxicity model",
+    "toxicity_threshold": "Toxic from",
+    "max_tokens": "Tokens a row may have",
+    "derive": "Add columns",
+    "balance_by": "Balance by column",
+    "balance_shares": "Shares",
+    "limit": "Rows at most",
+    "eval_fraction": "Held-out share",
+    "stratify_by": "Stratify by column",
+    "license": "Licence (SPDX)",
+}
+
+
+class PreparePanel:
+    """Its components belong to the Data tab, whose outputs it adds to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        default = Preparation()
+        with gr.Accordion("Prepare it first: clean, mask, balance, split (optional)", open=False, elem_id="prepare"):
+            self.inputs = {}
+            for number, (group, title) in enumerate(GROUPS.items()):
+                names = [n for n, spec in SPECS.items() if spec.metadata["group"] == group and n not in ELSEWHERE]
+                gr.HTML(f'<div class="lab-group{"" if number else " first"}">{title}</div>')
+                for begin in range(0, len(names), 3):
+                    with gr.Row(equal_height=True):
+                        for name in names[begin : begin + 3]:
+                            self.inputs[name] = _component(name, getattr(default, name))
+            with gr.Row(equal_height=True):
+                self.name = gr.Textbox(label="Name of the prepared dataset", max_lines=1, elem_id="prepare-name")
+                self.begin = gr.Button("Prepare", variant="primary", elem_id="prepare-start")
+        self.result = gr.HTML("", elem_id="prepare-result")
+        with gr.Accordion(
+            "Push this dataset to the Hub", open=False, visible=False, elem_id="push-dataset"
+        ) as self.push_box:
+            with gr.Row(equal_height=True):
+                self.repository = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1)
+                self.public = gr.Checkbox(label="Public", info="Else only you see it.", value=False)
+            self.token = gr.Textbox(
+                label="Token with write permission", type="password", max_lines=1, placeholder="that of this machine",
+                info="Used for this push, and kept nowhere.",
+            )  # fmt: skip
+            self.push = gr.Button("Push", elem_id="push-start")
+            self.pushing = gr.State("")
+            self.push_timer = gr.Timer(0.7, active=False)
+            self.push_told = gr.HTML("", elem_id="push-told")
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.name, self.result, self.push_box, *(self.inputs[name] for name in COLUMN_FIELDS)]
+
+    def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> list[Any]:
+        """`tab` is the DataTab that the panel stands on. Returns the events after which another dataset is chosen."""
+        inputs = [tab.chosen, self.name, tab.fields["template"], base_model, *self.inputs.values()]
+
+        def begin(chosen: Chosen, name: str, template: str, base_model: str, *values: Any) -> dict[Any, Any]:
+            try:
+                arguments = self.arguments(chosen, name, template, base_model, values)
+            except LabError as error:
+                return {tab.problems: "", self.result: problems_panel(error.problems, title="Not prepared yet")}
+            token = tab.hub_secret() if any(part.startswith("hub:") for part in arguments) else None
+            return {**tab._watch(jobs.start(arguments, self.settings, secret=token, again=True)), self.result: ""}
+
+        self.push.click(
+            self.start_push,
+            [tab.chosen, self.repository, self.public, self.token],
+            [self.pushing, self.push_timer, self.push_told],
+            **hidden,
+        ).then(lambda: "", None, self.token, **hidden)
+        self.push_timer.tick(self.tick_push, self.pushing, [self.push_timer, self.push_told], **hidden)
+        return [self.begin.click(begin, inputs, tab.outputs, **hidden)]
+
+    def arguments(
+        self, chosen: Chosen, name: str, template: str, base_model: str, values: tuple[Any, ...]
+    ) -> list[str]:
+        """The command line that does it. Raises ConfigError naming all that is wrong."""
+        if not chosen.path:
+            raise ConfigError("no dataset is chosen; choose one above")
+        given = {key: value for key, value in zip(self.inputs, values, strict=True) if value not in ("", None)}
+        given |= {"columns": chosen.columns, "skip_bad_rows": chosen.skip_bad_rows}
+        given |= {"template": template, "base_model": base_model}
+        sources = [chosen.path]
+        if chosen.is_prepared:
+            sources = PreparedSet.load(Path(chosen.path)).sources()
+        preparation = Preparation.from_mapping(given, where="Prepare")
+        out = self.settings.home / "datasets" / safe_name(name or chosen.name)
+        return ["prepare", *sources, "--out", str(out), "--json", *command_options(preparation)]
+
+    def folder_of(self, name: str) -> Path | None:
+        """The prepared set that a browser remembers, or None."""
+        folder = self.settings.home / "datasets" / safe_name(name)
+        return folder if folder.name == name and (folder / LINEAGE).is_file() else None
+
+    def of(self, chosen: Chosen, report: DatasetReport) -> dict[Any, Any]:
+        """What the panel shows of the dataset that has been chosen."""
+        there = [("none", ""), *dict.fromkeys([*report.ignored_columns, *derived.DERIVED])]
+        columns = {self.inputs[name]: gr.Dropdown(choices=there) for name in COLUMN_FIELDS}
+        if not chosen.is_prepared:
+            stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|gz)", "", chosen.name)
+            return {
+                self.name: f"{safe_name(stem)}-prepared",
+                self.result: "",
+                self.push_box: gr.Accordion(visible=False),
+            }
+        made = PreparedSet.load(Path(chosen.path))
+        links = zip_link(made, self.settings)
+        return {
+            self.name: made.lineage["name"],
+            self.result: f'<div class="lab-step">What was done</div>{steps_html(made)}<p class="lab-links">{links}</p>',
+            self.push_box: gr.Accordion(visible=True),
+            **columns,
+        }
+
+    def start_push(self, chosen: Chosen, repository: str, public: bool, token: str) -> tuple[Any, ...]:
+        from huggingface_hub import get_token
+
+        secret = (token or "").strip() or get_token()
+        problems = []
+        if not chosen.is_prepared:
+            problems.append("no prepared dataset is chosen; prepare one first")
+        if not secret:
+            problems.append("no token; type one in, or set HF_TOKEN for the app")
+        if not (repository or "").strip():
+            problems.append("no repository is named; write owner/name")
+        if problems:
+            return "", gr.Timer(active=False), problems_panel(problems, title="Not pushed")
+        arguments = [
+            "push",
+            chosen.path,
+            f"--repo-id={repository.strip()}",
+            "--json",
+            *(["--public"] if public else []),
+        ]
+        job = jobs.start(arguments, self.settings, secret=secret, again=True)
+        return job.job_id, gr.Timer(active=True), progress_html(job.progress())
+
+    def tick_push(self, job_id: str) -> tuple[Any, str]:
+        job = jobs.find(job_id, self.settings)
+        progress = job.progress() if job else None
+        if progress is None or progress.state == jobs.RUNNING:
+            return gr.Timer(active=progress is not None), progress_html(progress)
+        if progress.state != jobs.DONE:
+            return gr.Timer(active=False), problems_panel(progress.problems, title="Not pushed")
+        url, changed = progress.result["url"], progress.result["changed"]
+        told = "Pushed" if changed else "Nothing has changed since the last push"
+        link = f'<a class="lab-link" href="{esc(url)}" target="_blank" rel="noopener">{esc(url)}</a>'
+        return gr.Timer(
+            active=False
+        ), f'<p class="lab-hint">{told}: commit {esc(progress.result["commit"][:10])}</p>{link}'
+
+
+def _component(name: str, value: Any) -> gr.components.Component:
+    spec = SPECS[name]
+    limits = spec.metadata
+    common = {
+        "label": LABELS.get(name, name.replace("_", " ").capitalize()),
+        "info": limits["help"],
+        "elem_id": f"prepare-{name.replace('_', '-')}",
+        "min_width": 220,
+    }
+    if name == "derive":
+        choices = [(f"{key.replace('_', ' ')}", key) for key in derived.DERIVED]
+        return gr.CheckboxGroup(choices, value=[], **common)
+    if "choices" in limits:
+        return gr.Radio(list(limits["choices"]), value=value, **common)
+    if spec.type is bool:
+        return gr.Checkbox(value=value, **common)
+    if name in COLUMN_FIELDS:
+        return gr.Dropdown([("none", "")], value="", allow_custom_value=True, **common)
+    if limits.get("optional") or isinstance(value, str):
+        return gr.Textbox(value="", placeholder="off" if name != "license" else "unknown", max_lines=1, **common)
+    return gr.Number(value=value, step=0.05 if isinstance(value, float) else 1, **common)
+
+
+def command_options(preparation: Preparation) -> list[str]:
+    """Options that differ from the defaults, as the command line takes them."""
+    default, options = Preparation().to_json(), []
+    for name, value in preparation.to_json().items():
+        if value == default[name]:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            options.append(option if value else f"--no-{option[2:]}")
+        else:
+            options.append(f"{option}={','.join(value) if isinstance(value, list) else value}")
+    return options
+
+
+def merge_job(paths: list[Path], settings: Settings, *, columns: str, skip_bad_rows: bool) -> jobs.Job:
+    """Several files as one dataset, every row as it is, with its file's name in the column `source`."""
+    name = safe_name("+".join(dict.fromkeys(path.name.partition(".")[0] for path in paths)))[:80]
+    preparation = Preparation(
+        normalise=False, duplicates="keep", eval_fraction=0, shuffle=False, columns=columns, skip_bad_rows=skip_bad_rows
+    )
+    out = settings.home / "datasets" / name
+    arguments = ["prepare", *map(str, paths), "--out", str(out), "--json", *command_options(preparation)]
+    return jobs.start(arguments, settings, again=True)
+
+
+def zip_link(made: PreparedSet, settings: Settings) -> str:
+    """A link to everything of the set that is worth keeping, as one zip below `downloads`."""
+    name = f"{made.lineage['name']}-v{made.lineage['version']}.zip"
+    target = settings.downloads / f"{made.lineage['fingerprint'][:16]}-{name}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+        try:
+            with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as archive:
+                for path in made.files():
+                    archive.write(path, f"{made.lineage['name']}/{path.relative_to(made.folder)}")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return (
+        f'<a class="lab-link" download="{esc(name)}" href="gradio_api/file={esc(quote(str(target)))}">'
+        f"Download {esc(name)} · {size(target.stat().st_size)}</a>"
+    )

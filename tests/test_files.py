@@ -1,0 +1,245 @@
+"""Every kind of file that people bring: read whole, or told row by row what is wrong; a bomb stops at its limit."""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import alpaca
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_core.data.files import Limits, kind_of
+from qlora_core.data.formats import read_rows
+from qlora_core.data.inspection import DatasetReport, inspect
+from qlora_core.data.rows import Example
+from qlora_core.errors import DatasetError
+
+ROWS = [alpaca(1, input='é😀, "quoted"\nsecond line'), alpaca(2), alpaca(3, output="  = spaced  ")]
+
+
+def as_table(rows: list[dict[str, Any]], delimiter: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+WRITERS = {
+    "rows.jsonl": as_lines,
+    "rows.json": lambda rows: json.dumps(rows, indent=2).encode(),
+    "small.json": lambda rows: json.dumps(rows, separators=(",", ":")).encode(),
+    "rows.csv": lambda rows: as_table(rows, ","),
+    "excel.csv": lambda rows: b"\xef\xbb\xbf" + as_table(rows, ";"),
+    "rows.tsv": lambda rows: as_table(rows, "\t"),
+    "rows.parquet": as_parquet,
+}
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def examples(path: Path, **options: Any) -> list[Example]:
+    rows = list(read_rows(path, **options)[1])
+    assert all(isinstance(row, Example) for row in rows), rows
+    return rows
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path, name: str, packed: bool) -> None:
+    content = WRITERS[name](ROWS)
+    path = written(tmp_path, name + (".gz" if packed else ""), gzip.compress(content) if packed else content)
+    plain = examples(written(tmp_path, "plain.jsonl", as_lines(ROWS)))
+    assert [row.digest() for row in examples(path)] == [row.digest() for row in plain]
+    assert str(kind_of(path)).endswith(", gzip") == packed
+
+
+def test_kind_goes_by_content_before_the_name(tmp_path: Path) -> None:
+    for name, content, kind in (
+        ("a.csv", as_lines(ROWS), "JSONL"),
+        ("a.txt", as_parquet(ROWS), "Parquet"),
+        ("a.jsonl", json.dumps(ROWS).encode(), "JSON array"),
+        ("a.json", as_lines(ROWS), "JSONL"),
+        ("b.csv", as_table(ROWS, "|"), "CSV, bars"),
+        ("a.zip", gzip.compress(as_lines(ROWS)), "JSONL, gzip"),
+    ):
+        assert str(kind_of(written(tmp_path, name, content))) == kind
+
+
+# --- JSON arrays -------------------------------------------------------------------------------------------------------
+
+
+def array_report(folder: Path, content: bytes, limits: Limits = Limits()) -> DatasetReport:  # noqa: B008
+    return inspect(written(folder, "rows.json", content), limits=limits)
+
+
+def test_a_damaged_element_of_an_array_costs_no_other(tmp_path: Path) -> None:
+    good = json.dumps(alpaca(1))
+    report = array_report(tmp_path, f'[{good}, {{"instruction": nope}}, {good}, 17, "a, [b]", , {good}]'.encode())
+    assert report.rows == 3 and report.unit == "row"
+    assert [(p.line, p.kind) for p in report.problems] == [
+        (2, "not JSON"), (4, "not an object"), (5, "not an object"), (6, "not JSON"),
+    ]  # fmt: skip
+    assert str(report.problems[0]).startswith("row 2: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "kinds"),
+    [
+        (b"[]", 0, []),
+        (b"[%s]", 1, []),
+        (b"[%s,]", 1, ["not JSON"]),
+        (b"[%s", 1, ["truncated JSON"]),
+        (b'[%s, {"instruction": "a', 1, ["truncated JSON"]),
+        (b'[%s, {"instruction": "a\\', 1, ["truncated JSON"]),
+        (b"[%s] trailing", 1, ["not JSON"]),
+        (b"[%s}, %s]", 1, ["not JSON"]),
+    ],
+)
+def test_an_array_that_ends_wrongly_says_so(tmp_path: Path, content: bytes, rows: int, kinds: list[str]) -> None:
+    report = array_report(tmp_path, content.replace(b"%s", json.dumps(alpaca(1)).encode()))
+    assert (report.rows, [problem.kind for problem in report.problems]) == (rows, kinds)
+
+
+@pytest.mark.parametrize("filler", ["x", "\\\\", '\\"', "[", "é"])
+def test_large_elements_are_counted_and_passed_over_in_little_memory(tmp_path: Path, filler: str) -> None:
+    large = '{"instruction": "a", "output": "' + filler * (4_000_000 // len(filler)) + '"}'
+    nested = '{"instruction": "a", "output": [' + "1," * 2_000_000 + "1]}"
+    good = json.dumps(alpaca(1))
+    report = array_report(tmp_path, f"[{good},{nested},{good}]".encode(), Limits(1000))
+    assert (report.rows, [problem.kind for problem in report.problems]) == (2, ["row too large"])
+    report = array_report(tmp_path, f"[{good},{large}]".encode(), Limits(9_000_000))
+    assert (report.rows, report.bad_rows) == (2, 0)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.lists(JSON_VALUES, max_size=6), indent=st.sampled_from([None, 1]))
+def test_every_element_of_any_array_is_a_row_or_a_problem(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None
+) -> None:
+    report = array_report(tmp_path_factory.getbasetemp(), json.dumps(values, indent=indent).encode())
+    assert report.rows + report.bad_rows == len(values)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table_report(folder: Path, text: str | bytes, limits: Limits = Limits()) -> DatasetReport:  # noqa: B008
+    return inspect(written(folder, "rows.csv", text.encode() if isinstance(text, str) else text), limits=limits)
+
+
+def test_rows_of_a_table_that_do_not_fit_are_told_with_their_line(tmp_path: Path) -> None:
+    report = table_report(
+        tmp_path,
+        b'prompt,completion\na,b\n"two\nlines",c\nonly one\na,b,c\n\n,empty\n\xff,x\n"'
+        + b"y" * 500
+        + b'",z\nlast,row\n',
+        Limits(200),
+    )
+    assert report.rows == 3
+    assert [(problem.line, problem.kind) for problem in report.problems] == [
+        (5, "wrong number of cells"),
+        (6, "wrong number of cells"),
+        (8, "empty text"),
+        (9, "invalid UTF-8"),
+        (10, "row too large"),
+    ]
+    assert report.blank_lines == 1
+
+
+def test_a_quote_that_is_never_closed_is_told(tmp_path: Path) -> None:
+    report = table_report(tmp_path, 'prompt,completion\na,b\n"c,d\n' + "e,f\n" * 100, Limits(200))
+    assert report.rows >= 1 and "quote" in report.problems[0].message
+
+
+@pytest.mark.parametrize(("header", "says"), [("prompt,prompt\na,b", "more than once"), ("\n\n \n", "is empty")])
+def test_a_table_without_a_usable_header_is_refused(tmp_path: Path, header: str, says: str) -> None:
+    with pytest.raises(DatasetError, match=says):
+        table_report(tmp_path, header)
+
+
+def test_a_conversation_in_a_cell_is_read_from_its_json(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi, you"}, {"role": "assistant", "content": "hello"}]
+    path = written(tmp_path, "rows.csv", as_table([{"messages": json.dumps(chat)}], ","))
+    assert [message.content for message in examples(path)[0].messages] == ["hi, you", "hello"]
+
+
+# --- bombs and damage --------------------------------------------------------------------------------------------------
+
+
+def test_a_gzip_bomb_stops_at_the_limit(tmp_path: Path) -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    content = b"".join(packer.compress(b" " * 1_000_000) for _ in range(300)) + packer.flush()
+    assert len(content) < 1_000_000
+    for name in ("rows.jsonl.gz", "rows.csv.gz"):
+        with pytest.raises(DatasetError, match="more than 10,000,000 bytes once it is unpacked"):
+            inspect(written(tmp_path, name, content), limits=Limits(1_000_000, 10_000_000))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_parquet_bomb_stops_at_the_limit(tmp_path: Path, packed: bool) -> None:
+    """Its metadata tell little: one large value, repeated by a dictionary, costs next to nothing in the file."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 100_000]))
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": column}), sink)
+    content = sink.getvalue()
+    assert len(content) < 1_000_000
+    path = written(tmp_path, "rows.parquet", gzip.compress(content) if packed else content)
+    with pytest.raises(DatasetError, match="once it is unpacked"):
+        inspect(path, limits=Limits(1_000_000, 100_000_000))
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
+def test_a_truncated_archive_keeps_the_rows_before_and_says_where_it_ends(tmp_path: Path, cut: float) -> None:
+    content = gzip.compress(as_lines([alpaca(n, output=str(hash(str(n)))) for n in range(5000)]))
+    report = inspect(written(tmp_path, "rows.jsonl.gz", content[: int(len(content) * cut)]))
+    assert report.rows > 100
+    assert report.problems[-1].kind == "damaged file"
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(WRITERS)), packed=st.booleans())
+def test_a_mutated_file_of_any_kind_is_read_or_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str, packed: bool
+) -> None:
+    content = bytearray(WRITERS[name](ROWS * 3))
+    if packed:
+        content = bytearray(gzip.compress(bytes(content)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path = written(tmp_path_factory.getbasetemp(), name + (".gz" if packed else ""), bytes(content))
+    try:
+        rows = list(read_rows(path, limits=Limits(10_000, 1_000_000))[1])
+    except DatasetError as error:
+        assert path.name in str(error)
+        return
+    report = inspect(path, limits=Limits(10_000, 1_000_000))
+    assert report.rows + report.bad_rows + report.blank_lines == len(rows)
