@@ -66,6 +66,7 @@ _SPEAKERS = {
 }
 # Control characters other than tab, newline and carriage return; and halves of surrogate pairs, which no UTF-8 can hold.
 UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def _example(record: Record, detection: Detection) -> Example:
             raise Unusable("two system prompts", f"has {system!r} and a system message; keep one")
         messages = (Message("system", text), *messages)
     rest = {name: value for name, value in values.items() if name not in used} if len(values) > len(used) else {}
+    if rest and not record.is_clean and _HALVES.search(json.dumps(rest, ensure_ascii=False, default=str)):
+        raise Unusable("control character", "a column that is not read holds half of a surrogate pair; remove it")
     return Example(record.line, messages, extra, detection.form or "", rest | reader.unread, tools)
 
 

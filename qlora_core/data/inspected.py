@@ -21,14 +21,14 @@ import orjson
 
 from qlora_core.data.files import Watch, kind_of
 from qlora_core.data.formats import parse_columns
-from qlora_core.data.inspection import LISTED, DatasetReport, inspect
+from qlora_core.data.inspection import LISTED, DatasetReport, inspect, short_digest
 from qlora_core.data.listing import Listing, write_listing
 from qlora_core.data.near_duplicates import NearDuplicates
 from qlora_core.data.rows import Example, Problem
 from qlora_core.settings import Settings
 
 # Changes with what is written here.
-VERSION = 1
+VERSION = 2
 REPORT, ROWS, PROBLEMS, DUPLICATES = "report.json", "rows.jsonl", "problems.csv", "duplicates.csv"
 
 
@@ -53,13 +53,14 @@ def inspect_into(
     partial = folder.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:
-        offsets, characters = array("q", [0]), array("q")
+        offsets, characters, digests = array("q", [0]), array("q"), array("Q")
         with (partial / ROWS).open("wb") as rows, Listing(partial / PROBLEMS, ("line", "kind", "problem")) as problems:
 
             def keep(example: Example) -> None:
                 written = rows.write(_bytes(example))
                 offsets.append(offsets[-1] + written)
                 characters.append(len(example.text))
+                digests.append(short_digest(example))
 
             def list_problem(problem: Problem) -> None:
                 problems.add(problem.line, problem.kind, problem.message)
@@ -75,6 +76,7 @@ def inspect_into(
             )
         np.save(partial / "offsets.npy", np.frombuffer(offsets, np.int64))
         np.save(partial / "characters.npy", np.array(characters, np.int64))
+        np.save(partial / "digests.npy", np.array(digests, np.uint64))
         write_listing(partial / DUPLICATES, ("line", "line of the first equal row"), report.duplicates)
         (partial / REPORT).write_bytes(orjson.dumps(report.to_json()))
         if not folder.exists():
@@ -110,6 +112,11 @@ class Inspected:
     def characters(self) -> np.ndarray:
         """[rows]: characters of each usable row."""
         return np.load(self.folder / "characters.npy", mmap_mode="r")
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """[rows]: eight bytes of the digest of each usable row."""
+        return np.load(self.folder / "digests.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -167,6 +174,7 @@ def near_duplicates(kept: Inspected, threshold: float, report: Callable[[int, in
         "threshold": threshold,
         "count": len(pairs),
         "pairs": [asdict(pair) for pair in pairs[:LISTED]],
+        "not_fully_compared": near.not_fully_compared,
         "seconds": round(time.monotonic() - begun, 2),
     }
     path.write_text(json.dumps(found))

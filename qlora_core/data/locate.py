@@ -42,7 +42,9 @@ def locate(config: TrainConfig, settings: Settings, *, token: str | None = None)
             max_bytes=settings.max_dataset_bytes,
         )
         origin = {"source": str(fetched.source), "license": fetched.license, "rows": fetched.rows}
-        return Located(replace(config, data=str(fetched.source)), fetched.path, eval_data, origin)
+        return Located(
+            _licensed(replace(config, data=str(fetched.source)), fetched.license), fetched.path, eval_data, origin
+        )
     data = Path(os.path.expanduser(config.data))
     if not (data / LINEAGE).is_file():
         return Located(config, data, eval_data)
@@ -50,4 +52,9 @@ def locate(config: TrainConfig, settings: Settings, *, token: str | None = None)
     held_out = data / "eval.jsonl"
     eval_data = eval_data or (held_out if held_out.exists() else None)
     origin = {name: lineage.get(name) for name in ("name", "version", "fingerprint", "license")}
-    return Located(config, data / "train.jsonl", eval_data, origin)
+    return Located(_licensed(config, lineage.get("license")), data / "train.jsonl", eval_data, origin)
+
+
+def _licensed(config: TrainConfig, known: str | None) -> TrainConfig:
+    """The licence that comes with the rows, unless a person has named one."""
+    return replace(config, dataset_license=known) if known and not config.dataset_license else config

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_core.data.inspected import Inspected, inspect_into
 from qlora_core.data.locate import LINEAGE
+from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.settings import Settings
 from qlora_core.ui.words import counted
 
@@ -42,6 +43,10 @@ class Chosen:
     @property
     def name(self) -> str:
         return Path(self.path).name
+
+    def license(self) -> str:
+        """The licence that a prepared set knows; empty where none is known."""
+        return (PreparedSet.load(Path(self.path)).lineage["license"] or "") if self.is_prepared else ""
 
     def problem(self) -> str | None:
         """Why Start cannot use it, with the remedy; None when it can."""

@@ -14,12 +14,13 @@ from qlora_core.data import hub_source
 from qlora_core.data.files import SUFFIXES
 from qlora_core.data.formats import Detection, detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
+from qlora_core.data.near_duplicates import LOWEST
 from qlora_core.data.sample import UNCUT
-from qlora_core.errors import LabError
+from qlora_core.errors import DatasetError, LabError
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
 from qlora_core.ui.chosen import Chosen, rows_of
-from qlora_core.ui.dataset_report import problems_html, report_html
+from qlora_core.ui.dataset_report import near_html, problems_html, report_html
 from qlora_core.ui.plots import plot
 from qlora_core.ui.preparing import PreparePanel, merge_job
 from qlora_core.ui.preview import How
@@ -66,6 +67,8 @@ class DataTab:
         self.chosen = gr.State(Chosen(path=""))
         # What was looked at last, whether or not it can be used: its columns may yet be told.
         self.looked = gr.State(Chosen(path=""))
+        # Another value each time that a dataset has been looked at.
+        self.picked = gr.State(0.0)
         # Several files that are to be one dataset.
         self.several = gr.State([])
         self.row = gr.State(1)
@@ -88,6 +91,22 @@ class DataTab:
                 self.use = gr.Button("Use this dataset", variant="primary", size="md", elem_id="use-dataset")
         self._build_columns()
         self.problems = gr.HTML("", elem_id="problems")
+        with gr.Row(elem_classes="lab-pager lab-beside"):
+            self.eval_file = gr.UploadButton(
+                "Evaluate on another file",
+                size="sm",
+                min_width=190,
+                scale=0,
+                file_types=list(SUFFIXES),
+                elem_id="eval-file",
+            )
+            self.near = gr.Button("Find near duplicates", size="sm", min_width=170, scale=0, elem_id="find-near")
+            self.similarity = gr.Number(
+                0.8, minimum=LOWEST, maximum=1, step=0.05, show_label=False, label="similarity of near duplicates",
+                container=False, min_width=90, scale=0, elem_id="near-similarity",
+            )  # fmt: skip
+            self.overlap = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="overlap", min_width=60)
+        self.near_found = gr.HTML("", elem_id="near-found")
         gr.HTML('<div class="lab-step"><i>2</i>What the model will see</div>')
         self._build_preview()
         gr.HTML('<div class="lab-step"><i>3</i>Lengths</div>')
@@ -172,30 +191,14 @@ class DataTab:
             *self.prepare.outputs,
         ]
 
-    def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> list[Any]:
-        """Wire the tab; returns the events after which another dataset is chosen."""
+    def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> Any:
+        """Wire the tab; returns the trigger after which another dataset is chosen."""
         how = [base_model, self.fields["template"], self.fields["loss_on"]]
         cut = train_fields["max_seq_length"]
         row_inputs, row_outputs = [self.chosen, self.row, *how, cut], [self.tokens, self.place]
         length_inputs = [self.chosen, *how, cut, train_fields["rows_per_step"]]
-        chosen = [
-            self.file.upload(self.take_upload, [self.file, self.skip], self.outputs, **hidden),
-            self.file.clear(self.take_example, None, self.outputs, **hidden),
-            self.example.click(lambda: None, None, self.file, **hidden).then(
-                self.take_example, None, self.outputs, **hidden
-            ),
-            self.fetch.click(
-                self.take_hub,
-                [self.hub_id, self.hub_config, self.hub_split, self.hub_revision, self.hub_limit, self.hub_token],
-                self.outputs,
-                **hidden,
-            ).then(lambda: "", None, self.hub_token, **hidden),
-            self.read_columns.click(
-                self.take_columns, [self.looked, self.several, *self.columns.values()], self.outputs, **hidden
-            ),
-            self.timer.tick(self.tick, [self.job, self.chosen], self.outputs, **hidden),
-            *self.prepare.connect(self, base_model, hidden),
-        ]
+        self._connect_sources(hidden)
+        self.prepare.connect(self, base_model, hidden)
         self.skip.input(self.set_skip, [self.chosen, self.skip], [self.chosen, self.use], **hidden)
         self.cancel.click(self.cancel_job, self.job, self.outputs, **hidden)
         for button, move in (
@@ -220,7 +223,21 @@ class DataTab:
             self.show_lengths, length_inputs, [self.sentence, self.histogram], trigger_mode="always_last", **hidden,
         )  # fmt: skip
         self._connect_template(base_model, hidden)
-        return chosen
+        return self.picked.change
+
+    def _connect_sources(self, hidden: dict[str, Any]) -> None:
+        self.file.upload(self.take_upload, [self.file, self.skip], self.outputs, **hidden)
+        self.file.clear(self.take_example, None, self.outputs, **hidden)
+        self.example.click(lambda: None, None, self.file, **hidden).then(
+            self.take_example, None, self.outputs, **hidden
+        )
+        hub = [self.hub_id, self.hub_config, self.hub_split, self.hub_revision, self.hub_limit, self.hub_token]
+        self.fetch.click(self.take_hub, hub, self.outputs, **hidden).then(lambda: "", None, self.hub_token, **hidden)
+        columns = [self.looked, self.several, *self.columns.values()]
+        self.read_columns.click(self.take_columns, columns, self.outputs, **hidden)
+        self.eval_file.upload(self.take_eval, [self.eval_file, self.chosen], self.outputs, **hidden)
+        self.near.click(self.find_near, [self.chosen, self.similarity], self.outputs, **hidden)
+        self.timer.tick(self.tick, [self.job, self.chosen], self.outputs, **hidden)
 
     def _connect_template(self, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
         template = self.fields["template"]
@@ -238,10 +255,9 @@ class DataTab:
         self.template_choice.input(choose, [self.template_choice, base_model], [template, self.own_template], **hidden)
         template.change(follow, template, [self.template_choice, self.own_template], **hidden)
 
-    def on_load(self, demo: gr.Blocks, hidden: dict[str, Any]) -> gr.events.Dependency:
-        """What the page opens with, looked at: what this browser chose last, or the example. Returns the event after which
-        it is chosen."""
-        return demo.load(self.first_look, self.remembered, self.outputs, **hidden)
+    def on_load(self, demo: gr.Blocks, hidden: dict[str, Any]) -> None:
+        """What the page opens with, looked at: what this browser chose last, or the example."""
+        demo.load(self.first_look, self.remembered, self.outputs, **hidden)
 
     # --- where a dataset comes from
 
@@ -333,7 +349,10 @@ class DataTab:
             self.remembered: self._to_remember(chosen),
             self.chosen: kept,
             self.looked: chosen,
+            self.picked: time.time(),
             self.several: [],
+            self.overlap: self._overlap_of(kept),
+            self.near_found: "",
             self.row: 1,
             self.report: report_html(report, chosen),
             self.problems: problems_html(report, rows, self.settings),
@@ -343,6 +362,41 @@ class DataTab:
             **self._columns_of(report.detection, chosen),
             **self.prepare.of(chosen, report),
         }
+
+    def _overlap_of(self, chosen: Chosen) -> str:
+        """How many of the rows to evaluate on are also trained on."""
+        if not chosen.path or not chosen.eval_file:
+            return _hint("")
+        try:
+            rows, shared = preview.shared_rows(chosen, chosen.eval_file, self.settings)
+        except (LabError, OSError):
+            return _hint("")
+        told = f"{shared:,} of the {counted(rows, 'row')} of {chosen.eval_file.name} are also trained on"
+        return f'<p class="lab-warn">{esc(told)}</p>' if shared else _hint(told.replace("0 of", "None of", 1))
+
+    def take_eval(self, file: str, chosen: Chosen) -> dict[Any, Any]:
+        """Evaluate on that file instead of on rows that are held out."""
+        kept = keep_upload(Path(file), self.settings)
+        try:
+            if not chosen.path:
+                raise DatasetError("choose the rows to train on first")
+            report = rows_of(Chosen(str(kept), columns=chosen.columns), self.settings).report
+            if not report.rows or (report.bad_rows and not chosen.skip_bad_rows):
+                raise DatasetError(
+                    f"{kept.name}: {counted(report.bad_rows, 'row')} cannot be used: {report.detection.reason}",
+                    *(f"{kept.name} {problem}" for problem in report.problems[:20]),
+                )
+        except LabError as error:
+            return {self.problems: problems_panel(error.problems, title="Not evaluated on this file")}
+        return self.look(replace(chosen, eval_path=str(kept), is_example=False))
+
+    def find_near(self, chosen: Chosen, similarity: float) -> dict[Any, Any]:
+        if not chosen.path:
+            return {self.near_found: _hint("Choose a dataset first.")}
+        columns = ["--columns", chosen.columns] if chosen.columns else []
+        near = ["--near-duplicates", f"{float(similarity or 0.8):g}"]
+        job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings)
+        return {**self._watch(job), self.near_found: "", self.problems: gr.skip()}
 
     def _columns_of(self, detection: Detection, chosen: Chosen) -> dict[Any, Any]:
         unsure = detection.form is None
@@ -416,6 +470,12 @@ class DataTab:
             if job.arguments[0] == "prepare":
                 return self.look(Chosen(path=progress.result["folder"]))
             (path,) = progress.result["paths"]
+            if "--near-duplicates" in job.arguments and chosen.path and str(chosen.file) == path:
+                similarity = float(job.arguments[job.arguments.index("--near-duplicates") + 1])
+                found = near_html(rows_of(chosen, self.settings), similarity, self.settings)
+                blocked = bool(chosen.problem())
+                return {**self._quiet(), self.near_found: found, self.use: _use(chosen, blocked),
+                        self.remembered: self._to_remember(chosen)}  # fmt: skip
             columns = job.arguments[job.arguments.index("--columns") + 1] if "--columns" in job.arguments else ""
             return self.look(Chosen(path=path, columns=columns))
         remembered = self._to_remember(chosen) if chosen.path else ""

@@ -1,5 +1,6 @@
 """A dataset's report as the words and tables of the page. Every text from a file is escaped here."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,33 @@ def problems_html(report: DatasetReport, kept: Inspected, settings: Settings) ->
         f'{esc(kinds)}.</div><div class="lab-scroll" style="margin-top:8px"><table class="lab-table"><thead><tr>'
         f'<th class="num">{report.unit}</th><th>kind</th><th>reason</th></tr></thead><tbody>{rows}</tbody></table></div>{more}'
         f'<p class="lab-links">{"".join(links)}</p>'
+    )
+
+
+def near_html(kept: Inspected, similarity: float, settings: Settings) -> str:
+    """What a search for near duplicates found, and how long it took; the first pairs with what they say."""
+    path = kept.folder / f"near_duplicates-{similarity:g}.json"
+    found = json.loads(path.read_text())
+    told = f"{counted(found['count'], 'near duplicate')} at {similarity:g} among {len(kept):,} rows, in {found['seconds']:.1f} s."
+    if found["not_fully_compared"]:
+        told += (
+            f" {counted(found['not_fully_compared'], 'row')} of a crowded template were not compared with every other."
+        )
+    if not found["count"]:
+        return f'<p class="lab-hint" role="status">{esc(told)}</p>'
+    rows = "".join(
+        f'<tr><td class="num">{pair["line"]:,}</td><td class="num">{pair["first_line"]:,}</td>'
+        f'<td class="num">{pair["similarity"]:.0%}</td></tr>'
+        for pair in found["pairs"][:LISTED]
+    )
+    more = f"The first {LISTED} are listed. " if found["count"] > LISTED else ""
+    link = download_link(path.with_suffix(".csv"), settings, "near_duplicates.csv")
+    unit = kept.report.unit
+    return (
+        f'<p class="lab-hint" role="status">{esc(told)} {more}Prepare it with “Near duplicates” set, and they are left out.</p>'
+        f'<div class="lab-scroll" style="margin-top:8px"><table class="lab-table"><thead><tr><th class="num">{unit}</th>'
+        f'<th class="num">is like {unit}</th><th class="num">similarity, estimated</th></tr></thead><tbody>{rows}</tbody></table>'
+        f'</div><p class="lab-links">{link}</p>'
     )
 
 

@@ -43,8 +43,7 @@ def build_app(settings: Settings) -> gr.Blocks:
         publish.connect(HIDDEN)
         _connect_tabs(tabs, publish_tab, data, train, runs, publish)
         _open_page(demo, tabs, runs, settings)
-        opened = data.on_load(demo, HIDDEN)
-        opened.then(train.settle, [data.chosen, *train.inputs], train.inputs, **HIDDEN)
+        data.on_load(demo, HIDDEN)
         add_endpoints(settings)
     return demo
 

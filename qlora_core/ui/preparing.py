@@ -93,8 +93,8 @@ class PreparePanel:
     def outputs(self) -> list[Any]:
         return [self.name, self.result, self.push_box, *(self.inputs[name] for name in COLUMN_FIELDS)]
 
-    def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> list[Any]:
-        """`tab` is the DataTab that the panel stands on. Returns the events after which another dataset is chosen."""
+    def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
+        """`tab` is the DataTab that the panel stands on."""
         inputs = [tab.chosen, self.name, tab.fields["template"], base_model, *self.inputs.values()]
 
         def begin(chosen: Chosen, name: str, template: str, base_model: str, *values: Any) -> dict[Any, Any]:
@@ -112,7 +112,7 @@ class PreparePanel:
             **hidden,
         ).then(lambda: "", None, self.token, **hidden)
         self.push_timer.tick(self.tick_push, self.pushing, [self.push_timer, self.push_told], **hidden)
-        return [self.begin.click(begin, inputs, tab.outputs, **hidden)]
+        self.begin.click(begin, inputs, tab.outputs, **hidden)
 
     def arguments(
         self, chosen: Chosen, name: str, template: str, base_model: str, values: tuple[Any, ...]

@@ -7,9 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qlora_core import architecture, models, templates
 from qlora_core.data.inspected import Inspected
-from qlora_core.data.inspection import short_digest
 from qlora_core.data.rows import Example
 from qlora_core.data.sample import SAMPLED_ROWS, RowFacts, sample
 from qlora_core.errors import LabError, ModelError
@@ -70,15 +71,7 @@ def _lengths(rows: Inspected, how: How, settings: Settings) -> RowFacts:
 def shared_rows(chosen: Chosen, eval_path: Path, settings: Settings) -> tuple[int, int]:
     """(evaluation rows, how many of them are training rows too), over both whole files. Raises DatasetError."""
     rows, evaluation = rows_of(chosen, settings), rows_of(Chosen(str(eval_path), columns=chosen.columns), settings)
-    return _shared_rows(rows, evaluation)
-
-
-@lru_cache(maxsize=16)
-def _shared_rows(rows: Inspected, evaluation: Inspected) -> tuple[int, int]:
-    asked = [short_digest(example) for example in examples(evaluation)]
-    wanted = set(asked)
-    trained = {digest for example in examples(rows) if (digest := short_digest(example)) in wanted}
-    return len(asked), sum(digest in trained for digest in asked)
+    return len(evaluation), int(np.isin(evaluation.digests, rows.digests).sum())
 
 
 def row_html(chosen: Chosen, number: int, how: How, *, max_seq_length: int, settings: Settings) -> str:

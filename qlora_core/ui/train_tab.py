@@ -102,8 +102,8 @@ class TrainTab:
     def inputs(self) -> list[gr.components.Component]:
         return [self.fields[name] for name in form.SPECS]
 
-    def connect(self, chosen: gr.State, picked: list[gr.events.Dependency], hidden: dict[str, Any]) -> None:
-        """Wire the form; `picked` are the events after which another dataset is chosen."""
+    def connect(self, chosen: gr.State, picked: Any, hidden: dict[str, Any]) -> None:
+        """Wire the form; `picked` is the trigger after which another dataset is chosen."""
         form_now = [chosen, *self.inputs]
         watched = [self.plan, self.command, self.problems, self.dataset, self.findings]
         gr.on(
@@ -119,8 +119,7 @@ class TrainTab:
         gr.on(
             [*changes, chosen.change], self.look, [chosen, *looked_at], None, trigger_mode="always_last", **hidden
         ).then(self.check, form_now, watched, **hidden)
-        for event in picked:
-            event.then(self.settle, form_now, self.inputs, **hidden)
+        picked(self.settle, form_now, self.inputs, **hidden)
         self.findings.select(self.apply, None, self.inputs, **hidden)
         self.recommend.click(self.recommended, form_now, [self.reasons, *self.inputs], **hidden)
         self.save.click(self.save_settings, form_now, [self.saved, self.loaded], **hidden).then(
@@ -238,7 +237,9 @@ class TrainTab:
     def _config(self, chosen: Chosen, values: tuple[Any, ...]) -> TrainConfig:
         if problem := chosen.problem():
             raise ConfigError(problem)
-        return form.to_config(dict(zip(form.SPECS, values, strict=True)), chosen.config_fields())
+        named = dict(zip(form.SPECS, values, strict=True))
+        named["dataset_license"] = named["dataset_license"] or chosen.license()
+        return form.to_config(named, chosen.config_fields())
 
 
 def how_of(config: TrainConfig) -> How:
