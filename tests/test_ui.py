@@ -250,8 +250,8 @@ def test_an_upload_with_problems_lists_them_and_waits_for_a_decision(tmp_path):
     found = tab.take_upload([str(path)])
     assert "no response" in found[tab.problems] and ">3<" in found[tab.problems]
     assert found[tab.skip].visible and not found[tab.use].interactive
-    chosen, use = tab.set_skip(found[tab.chosen], True)
-    assert use.interactive and chosen.config_fields()["skip_bad_rows"]
+    allowed = tab.set_skip(found[tab.chosen], found[tab.several], True)
+    assert allowed[tab.use].interactive and allowed[tab.chosen].config_fields()["skip_bad_rows"]
 
 
 def test_a_file_that_is_no_dataset_says_what_it_is(tmp_path):
@@ -556,7 +556,7 @@ def test_train_form_says_at_once_what_the_data_tab_blocks(tmp_path, base):
     bad = data.take_upload([str(write_rows(tmp_path / "bad.jsonl", [alpaca(1), {}, alpaca(2)]))])
     chosen = bad[data.chosen]
     assert "bad.jsonl has 1 row that cannot be trained on" in train.check(chosen, *values_of(train))[2]
-    allowed, _ = data.set_skip(chosen, True)
+    allowed = data.set_skip(chosen, bad[data.several], True)[data.chosen]
     assert train.check(allowed, *values_of(train))[2] == ""
     lone = data.take_upload([str(write_rows(tmp_path / "one.jsonl", [alpaca(1)]))])[data.chosen]
     assert "one.jsonl has one usable row" in train.check(lone, *values_of(train))[2]

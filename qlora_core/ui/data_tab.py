@@ -41,6 +41,7 @@ ROLES = {
     "messages": "or: conversation",
     "text": "or: plain text",
 }
+NOT_SEVERAL: tuple[tuple[Path, ...], str] = ((), "")
 OWN = "own"
 TEMPLATE_CHOICES = [
     ("the model’s own", "model"),
@@ -69,8 +70,8 @@ class DataTab:
         self.looked = gr.State(Chosen(path=""))
         # Another value each time that a dataset has been looked at.
         self.picked = gr.State(0.0)
-        # Several files that are to be one dataset.
-        self.several = gr.State([])
+        # Several files that are to be one dataset, and the columns of those in no known form.
+        self.several = gr.State(NOT_SEVERAL)
         self.row = gr.State(1)
         self.job = gr.State("")
         # What this browser chose last: an upload, a prepared set, or a job under way; a reload takes it up again. The fixed
@@ -121,7 +122,7 @@ class DataTab:
 
     def _build_sources(self) -> None:
         self.file = gr.File(
-            label="Drop files: JSONL, JSON, CSV, TSV, Parquet, also .gz",
+            label="Drop files: JSONL, JSON, CSV, TSV, Parquet, .gz",
             file_count="multiple",
             file_types=list(SUFFIXES),
             height=150,
@@ -156,7 +157,7 @@ class DataTab:
 
     def _build_preview(self) -> None:
         config = TrainConfig()
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=True, elem_classes="lab-choices"):
             self.template_choice = gr.Radio(
                 TEMPLATE_CHOICES, value="model", label="Template", info="How rows are written.", elem_id="template"
             )
@@ -178,18 +179,10 @@ class DataTab:
     @property
     def outputs(self) -> list[Any]:
         """All that a look at a dataset may change."""
-        shown = [self.report, self.problems, self.skip, self.use, self.progress, self.cancel, self.timer, self.job]
+        states = [self.remembered, self.chosen, self.looked, self.several, self.picked, self.row, self.job]
+        shown = [self.report, self.problems, self.skip, self.use, self.progress, self.cancel, self.timer]
         columns = [self.columns_box, self.columns_why, *self.columns.values()]
-        return [
-            self.remembered,
-            self.chosen,
-            self.looked,
-            self.several,
-            self.row,
-            *shown,
-            *columns,
-            *self.prepare.outputs,
-        ]
+        return [*states, *shown, self.overlap, self.near_found, *columns, *self.prepare.outputs]
 
     def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> Any:
         """Wire the tab; returns the trigger after which another dataset is chosen."""
@@ -199,7 +192,7 @@ class DataTab:
         length_inputs = [self.chosen, *how, cut, train_fields["rows_per_step"]]
         self._connect_sources(hidden)
         self.prepare.connect(self, base_model, hidden)
-        self.skip.input(self.set_skip, [self.chosen, self.skip], [self.chosen, self.use], **hidden)
+        self.skip.input(self.set_skip, [self.chosen, self.several, self.skip], self.outputs, **hidden)
         self.cancel.click(self.cancel_job, self.job, self.outputs, **hidden)
         for button, move in (
             (self.back, lambda chosen, row: turn(chosen, row, -1)),
@@ -226,7 +219,7 @@ class DataTab:
         return self.picked.change
 
     def _connect_sources(self, hidden: dict[str, Any]) -> None:
-        self.file.upload(self.take_upload, [self.file, self.skip], self.outputs, **hidden)
+        self.file.upload(self.take_upload, self.file, self.outputs, **hidden)
         self.file.clear(self.take_example, None, self.outputs, **hidden)
         self.example.click(lambda: None, None, self.file, **hidden).then(
             self.take_example, None, self.outputs, **hidden
@@ -275,22 +268,23 @@ class DataTab:
     def take_example(self) -> dict[Any, Any]:
         return self.look(example())
 
-    def take_upload(self, files: list[str], skip: bool = False) -> dict[Any, Any]:
-        kept = [keep_upload(Path(file), self.settings) for file in files]
-        return self.look(Chosen(path=str(kept[0]))) if len(kept) == 1 else self._merge(kept, skip=skip)
+    def take_upload(self, files: list[str]) -> dict[Any, Any]:
+        kept = tuple(keep_upload(Path(file), self.settings) for file in files)
+        return self.look(Chosen(path=str(kept[0]))) if len(kept) == 1 else self._merge(kept, "")
 
-    def _merge(self, paths: list[Path], *, columns: str = "", skip: bool = False) -> dict[Any, Any]:
+    def _merge(self, paths: tuple[Path, ...], columns: str, *, skip_bad_rows: bool = False) -> dict[Any, Any]:
         """Several files as one dataset; where one is in no known form, its columns are asked for first."""
+        several = (paths, columns)
         try:
             for path in paths:
                 detection = detection_of(path, self.settings.limits)
                 if detection.form is None and detection.seen and not columns:
-                    asked = self._columns_of(replace(detection, reason=f"{path.name}: {detection.reason}"), Chosen(""))
-                    return {**self._quiet(), **asked, self.several: paths, self.problems: ""}
-            job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip)
+                    asked = self._columns_of(replace(detection, reason=f"In {path.name}, {detection.reason}"), Chosen(""))
+                    return {**self._quiet(), **asked, self.several: several, self.problems: ""}
+            job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip_bad_rows)
         except LabError as error:
             return self._unusable("These files cannot be used together", error.problems)
-        return {**self._watch(job), self.several: paths}
+        return {**self._watch(job), self.several: several, self.skip: gr.Checkbox(value=skip_bad_rows, visible=False)}
 
     def take_hub(self, name: str, config: str, split: str, revision: str, limit: str, token: str) -> dict[Any, Any]:
         try:
@@ -314,10 +308,10 @@ class DataTab:
 
         return get_token()
 
-    def take_columns(self, looked: Chosen, several: list[Path], *names: str) -> dict[Any, Any]:
+    def take_columns(self, looked: Chosen, several: tuple[tuple[Path, ...], str], *names: str) -> dict[Any, Any]:
         columns = ", ".join(f"{role}={name}" for role, name in zip(ROLES, names, strict=True) if name)
-        if several:
-            return self._merge(several, columns=columns)
+        if several[0]:
+            return self._merge(several[0], columns)
         return self.look(replace(looked, columns=columns), choosing=True)
 
     # --- looking at it
@@ -350,7 +344,7 @@ class DataTab:
             self.chosen: kept,
             self.looked: chosen,
             self.picked: time.time(),
-            self.several: [],
+            self.several: NOT_SEVERAL,
             self.overlap: self._overlap_of(kept),
             self.near_found: "",
             self.row: 1,
@@ -423,7 +417,7 @@ class DataTab:
         return {
             self.chosen: Chosen(path=""),
             self.looked: Chosen(path=""),
-            self.several: [],
+            self.several: NOT_SEVERAL,
             self.row: 1,
             self.report: _waiting("Drop another file, or take the example."),
             self.problems: problems_panel(problems, title=title),
@@ -433,8 +427,10 @@ class DataTab:
             **self._quiet(),
         }
 
-    def set_skip(self, chosen: Chosen, skip: bool) -> tuple[Any, ...]:
-        return replace(chosen, skip_bad_rows=skip), _use(chosen, not skip)
+    def set_skip(self, chosen: Chosen, several: tuple[tuple[Path, ...], str], skip: bool) -> dict[Any, Any]:
+        if several[0] and skip:  # they wait to become one dataset
+            return self._merge(*several, skip_bad_rows=True)
+        return {self.chosen: replace(chosen, skip_bad_rows=skip), self.use: _use(chosen, not skip)}
 
     # --- work of a process of its own
 
@@ -483,10 +479,12 @@ class DataTab:
         if progress.state == jobs.CANCELLED:
             told = f"Cancelled while {progress.doing}; the dataset above stays." if progress.doing else "Cancelled."
             return {**quiet, self.progress: _hint(told)}
-        merging = job.arguments[0] == "prepare"
+        title = "Not prepared" if job.arguments[0] == "prepare" else "Not usable"
+        undecided = any("skip_bad_rows" in problem for problem in progress.problems)
         return {
             **quiet,
-            self.problems: problems_panel(progress.problems, title="Not prepared" if merging else "Not usable"),
+            self.problems: problems_panel(progress.problems, title=title),
+            self.skip: gr.Checkbox(value=False, visible=undecided) if undecided else gr.skip(),
         }
 
     def cancel_job(self, job_id: str) -> dict[Any, Any]:

@@ -83,8 +83,8 @@ def _read_as(report: DatasetReport) -> str:
     """Why the rows are read as they are, and what of them is not."""
     parts = [report.detection.reason]
     if report.scripts:
-        shares = [f"{name} {count / max(1, report.rows):.0%}" for name, count in list(report.scripts.items())[:4]]
-        parts.append("letters: " + ", ".join(shares))
+        shares = [f"{name} {_share(count / max(1, report.rows))}" for name, count in list(report.scripts.items())[:4]]
+        parts.append("rows with letters of " + ", ".join(shares))
     if report.empty_fields:
         parts.append(
             "empty: " + ", ".join(f"{name} {count:,}" for name, count in list(report.empty_fields.items())[:4])
@@ -97,6 +97,10 @@ def _read_as(report: DatasetReport) -> str:
         more = " …" if report.duplicate_rows > 8 else ""
         parts.append(f"duplicates are trained on: {report.unit}s {listed}{more}")
     return ". ".join(part[:1].upper() + part[1:] for part in parts) + "."
+
+
+def _share(value: float) -> str:
+    return "< 1 %" if value < 0.01 else f"{value:.0%}"
 
 
 def problems_html(report: DatasetReport, kept: Inspected, settings: Settings) -> str:

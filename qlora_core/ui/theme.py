@@ -237,6 +237,10 @@ _TOKENS = """
 _NARROW = """
 @media (max-width: 700px) {
   .lab-scroll { max-height: 420px; }
+  .lab-pager { flex-wrap: wrap !important; }
+  .lab-pager > button { flex: 1 1 40% !important; }
+  .lab-pager > .block { flex: 1 1 100% !important; }
+  #prepare .row > *, .lab-choices > *, .lab-choices > .form > * { flex: 1 0 100% !important; }
   .lab-status .now { margin-left: 0; }
   .lab-sticky { position: static; }
   .lab-runs thead { display: none; }

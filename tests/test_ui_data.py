@@ -1,0 +1,247 @@
+"""The Data tab beyond a file: the Hub, several files, columns, near duplicates, preparing, pushing; reloads on the way."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from helpers import CHATML, alpaca, model_folder, settings_in, tokenizer_folder, wait_for, write_rows
+from hub_server import Hub, hub
+
+from qlora_core import jobs
+from qlora_core.config import TrainConfig
+from qlora_core.data.locate import LINEAGE
+from qlora_core.data.preparation import Preparation
+from qlora_core.runs import RunStore
+from qlora_core.settings import Settings
+from qlora_core.ui import data_tab, saved_settings
+from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.data_tab import NOT_SEVERAL, DataTab
+from qlora_core.ui.preparing import SPECS, command_options
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+TOKEN = "hf_SECRETMARKER456"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loops_of_gradio() -> Any:
+    """gradio leaves event loops unclosed; they are collected here, where that is known."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_in(tmp_path)
+
+
+@pytest.fixture
+def tab(settings: Settings) -> DataTab:
+    with gr.Blocks(analytics_enabled=False):
+        return DataTab(settings)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    return str(model_folder(tokenizer_folder(tmp_path / "base", chat_template=CHATML)))
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A Hub that the jobs of the page talk to."""
+    with hub(tmp_path / "hub") as found:
+        found.add_user("alice")
+        found.add_token("alice", text=TOKEN)
+        for name, value in {
+            "HF_ENDPOINT": found.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def ticked(tab: DataTab, found: dict[Any, Any], chosen: Chosen = Chosen(path="")) -> dict[Any, Any]:  # noqa: B008
+    """What the page shows when the job that it watches has ended."""
+    assert found[tab.job], found
+    job = jobs.find(found[tab.job], tab.settings)
+    wait_for(lambda: job.progress().state != jobs.RUNNING, seconds=60)
+    return seen(tab, tab.tick(found[tab.job], chosen))
+
+
+def seen(tab: DataTab, found: dict[Any, Any]) -> dict[Any, Any]:
+    assert set(found) <= set(tab.outputs), "gradio refuses what is no output of the handler"
+    return found
+
+
+def prepare_values(tab: DataTab, **changed: Any) -> list[Any]:
+    values = {name: component.value for name, component in tab.prepare.inputs.items()} | changed
+    return list(values.values())
+
+
+def test_columns_of_a_table_are_proposed_and_read_when_confirmed(tab: DataTab, tmp_path: Path) -> None:
+    (tmp_path / "qa.csv").write_text("question,answer\nWhat?,That.\nWho?,Them.\n")
+    found = seen(tab, tab.take_upload([str(tmp_path / "qa.csv")]))
+    assert found[tab.chosen].path == "" and not found[tab.use].interactive
+    proposed = {role: box.value for role, box in ((r, found[b]) for r, b in tab.columns.items())}
+    assert (proposed["prompt"], proposed["response"], proposed["input"]) == ("question", "answer", "")
+    assert found[tab.columns_box].open and "in no form that is known" in found[tab.problems]
+    wrong = seen(tab, tab.take_columns(found[tab.looked], NOT_SEVERAL, "question", "", "", "", "", ""))
+    assert "makes no row" in wrong[tab.problems] and tab.chosen not in wrong
+    found = seen(tab, tab.take_columns(found[tab.looked], NOT_SEVERAL, *proposed.values()))
+    assert found[tab.chosen].rows == 2 and found[tab.use].interactive
+    assert found[tab.chosen].config_fields()["columns"] == "prompt=question, response=answer"
+
+
+def test_several_files_become_one_dataset_asking_for_columns_first(tab: DataTab, tmp_path: Path) -> None:
+    (tmp_path / "qa.csv").write_text("question,answer\nWhat?,That.\n")
+    files = [str(write_rows(tmp_path / "a.jsonl", [alpaca(1), alpaca(2)])), str(tmp_path / "qa.csv")]
+    found = seen(tab, tab.take_upload(files))
+    assert found[tab.several] and "qa.csv" in found[tab.columns_why]
+    found = tab.take_columns(Chosen(path=""), found[tab.several], "question", "answer", "", "", "", "")
+    done = ticked(tab, found)
+    assert done[tab.chosen].rows == 3 and done[tab.chosen].is_prepared
+    assert "qa.csv" in done[tab.report] and "columns chosen by hand" in done[tab.report]
+    assert tab.first_look(done[tab.remembered])[tab.chosen] == done[tab.chosen], "a reload takes it up again"
+
+
+def test_a_bad_row_among_several_files_waits_for_a_decision(tab: DataTab, tmp_path: Path) -> None:
+    files = [
+        str(write_rows(tmp_path / "a.jsonl", [alpaca(1), alpaca(2)])),
+        str(write_rows(tmp_path / "b.jsonl", [alpaca(3), {}])),
+    ]
+    found = tab.take_upload(files)
+    done = ticked(tab, found)
+    assert "b.jsonl: 1 rows have problems" in done[tab.problems] and done[tab.skip].visible
+    again = ticked(tab, tab.set_skip(Chosen(path=""), found[tab.several], True))
+    assert again[tab.chosen].rows == 3 and "1 row left out" in again[tab.report]
+
+
+def test_a_dataset_of_the_hub_is_fetched_with_the_persons_token(tab: DataTab, served: Hub, settings: Settings) -> None:
+    rows = "".join(json.dumps(alpaca(n)) + "\n" for n in range(30))
+    served.add_repo("alice/tickets", private=True, files={"train.jsonl": rows, "README.md": "---\nlicense: mit\n---\n"})
+    done = ticked(tab, tab.take_hub("https://huggingface.co/datasets/alice/tickets", "", "", "", "20", TOKEN))
+    assert done[tab.chosen].rows == 20 and "alice--tickets" in done[tab.report]
+    refused = ticked(tab, tab.take_hub("alice/tickets", "", "", "", "", "hf_wrong"))
+    assert refused[tab.problems] and "alice/tickets" in refused[tab.problems]
+    for text, says in (("not a name", "not a name"), ("alice/tickets", "is no whole number")):
+        found = seen(tab, tab.take_hub(text, "", "", "", "many", ""))
+        assert says in found[tab.problems]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in settings.home.rglob("*") if path.is_file())
+
+
+def test_preparing_makes_a_set_that_can_be_used_downloaded_and_pushed(
+    tab: DataTab, served: Hub, settings: Settings, tmp_path: Path, base: str
+) -> None:
+    rows = [alpaca(n, output=f"Mail a{n}@example.com.", source="ab"[n % 2]) for n in range(20)]
+    chosen = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", rows))])[tab.chosen]
+    with pytest.raises(Exception, match="no row has|balance|go together"):
+        tab.prepare.arguments(chosen, "x", "model", base, tuple(prepare_values(tab, balance_by="source")))
+    values = prepare_values(tab, personal_data="mask", stratify_by="source", license="cc-by-4.0", eval_fraction=0.2)
+    arguments = tab.prepare.arguments(chosen, "my set", "model", base, tuple(values))
+    done = ticked(tab, tab._watch(jobs.start(arguments, settings)))
+    prepared = done[tab.chosen]
+    assert (prepared.name, prepared.rows, prepared.eval_file.name) == ("my-set", 16, "eval.jsonl")
+    assert "personal data" in done[tab.prepare.result] and ".zip" in done[tab.prepare.result]
+    assert len(list(settings.downloads.glob("*my-set-v1.zip"))) == 1
+    shown, _ = tab.show_row(prepared, 1, base, "model", "all_responses", 512)
+    assert "[EMAIL]" in shown.replace("</span>", "").replace('<span class="on">', "")
+
+    run = RunStore(settings).create(TrainConfig(base_model=base, **prepared.config_fields()))
+    assert run.config().dataset_license == "cc-by-4.0" and run.dataset().eval_rows == 4
+
+    for repository, token, says in (("", TOKEN, "no repository"), ("alice/mine", "", "no token")):
+        assert says in tab.prepare.start_push(prepared, repository, False, token)[2]
+    job_id, _, _ = tab.prepare.start_push(prepared, "alice/mine", False, TOKEN)
+    wait_for(lambda: jobs.find(job_id, settings).progress().state != jobs.RUNNING, seconds=60)
+    timer, told = tab.prepare.tick_push(job_id)
+    assert "Pushed" in told and not timer.active
+    repo = served.repo("alice/mine")
+    assert repo.private and {"README.md", "data/train.parquet", "data/validation.parquet"} <= set(repo.head.files)
+    assert "sources.json" not in repo.head.files and "train.jsonl" not in repo.head.files
+    assert not any(TOKEN.encode() in path.read_bytes() for path in settings.home.rglob("*") if path.is_file())
+
+
+def test_preparing_again_begins_with_the_same_sources(
+    tab: DataTab, settings: Settings, tmp_path: Path, base: str
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(20)])
+    chosen = tab.take_upload([str(path)])[tab.chosen]
+    first = tab.prepare.arguments(chosen, "set", "model", base, tuple(prepare_values(tab)))
+    done = ticked(tab, tab._watch(jobs.start(first, settings)))
+    second = tab.prepare.arguments(done[tab.chosen], "set", "model", base, tuple(prepare_values(tab, limit="10")))
+    assert second[1] == first[1] and "--limit=10" in second
+    done = ticked(tab, tab._watch(jobs.start(second, settings)))
+    assert "version 2" in done[tab.report] and "removed" in done[tab.report]
+
+
+def test_near_duplicates_are_found_listed_and_leave_the_choice_alone(tab: DataTab, tmp_path: Path) -> None:
+    text = "The order that I placed on your site last Monday has not been delivered to my address yet. " * 4
+    rows = [alpaca(1, output=text), alpaca(1, output=text + "Why?"), alpaca(2)]
+    chosen = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", rows))])[tab.chosen]
+    done = ticked(tab, tab.find_near(chosen, 0.8), chosen)
+    assert "1 near duplicate at 0.8 among 3 rows" in done[tab.near_found] and tab.chosen not in done
+    assert done[tab.use].interactive
+
+
+def test_another_file_to_evaluate_on_is_checked_and_compared(tab: DataTab, tmp_path: Path) -> None:
+    chosen = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(5)]))])[tab.chosen]
+    held_out = write_rows(tmp_path / "held_out.jsonl", [alpaca(4), alpaca(9)])
+    found = seen(tab, tab.take_eval(str(held_out), chosen))
+    assert Path(found[tab.chosen].eval_path).name == "held_out.jsonl"
+    assert "1 of the 2 rows of held_out.jsonl are also trained on" in found[tab.overlap]
+    bad = write_rows(tmp_path / "bad.jsonl", [{}, alpaca(1)])
+    assert "bad.jsonl" in seen(tab, tab.take_eval(str(bad), chosen))[tab.problems]
+
+
+def test_a_large_file_is_looked_at_by_a_job_that_a_reload_joins(
+    tab: DataTab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tab, "LARGE_BYTES", 200_000)
+    path = write_rows(tmp_path / "large.jsonl", [alpaca(n) for n in range(5000)])
+    found = seen(tab, tab.take_upload([str(path)]))
+    assert found[tab.timer].active and not found[tab.use].interactive and tab.chosen not in found
+    again = seen(tab, tab.first_look(found[tab.remembered]))
+    assert again[tab.job] == found[tab.job] and again[tab.chosen].is_example
+    done = ticked(tab, found)
+    assert done[tab.chosen].rows == 5000 and not done[tab.timer].active
+    gone = seen(tab, tab.tick("0" * 24, done[tab.chosen]))
+    assert not gone[tab.timer].active
+
+
+def test_settings_with_a_prepared_set_are_loaded_again(
+    tab: DataTab, settings: Settings, tmp_path: Path, base: str
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(20)])
+    chosen = tab.take_upload([str(path)])[tab.chosen]
+    arguments = tab.prepare.arguments(chosen, "set", "model", base, tuple(prepare_values(tab)))
+    prepared = ticked(tab, tab._watch(jobs.start(arguments, settings)))[tab.chosen]
+    saved = json.loads(saved_settings.save(TrainConfig(**prepared.config_fields(), template="chatml")))
+    (tmp_path / "saved.yaml").write_text(saved["text"])
+    loaded = saved_settings.load(tmp_path / "saved.yaml", settings)
+    assert loaded.chosen.path == prepared.path and loaded.config.template == "chatml"
+
+
+def test_every_setting_of_a_preparation_is_in_the_panel_or_taken_from_beside_it(tab: DataTab) -> None:
+    beside = {"columns", "skip_bad_rows", "base_model", "template", "tokenise"}
+    assert set(tab.prepare.inputs) | beside == set(SPECS)
+    changed = Preparation(normalise=False, near_duplicates=0.9, derive=("words", "language"), license="mit")
+    assert command_options(changed) == [
+        "--no-normalise",
+        "--near-duplicates=0.9",
+        "--derive=words,language",
+        "--license=mit",
+    ]
+
+
+@pytest.mark.parametrize("choose", [lambda tab: tab.first_look("set:gone"), lambda tab: tab.take_example()])
+def test_handlers_answer_only_for_their_outputs(tab: DataTab, choose: Callable[[DataTab], dict[Any, Any]]) -> None:
+    assert seen(tab, choose(tab))[tab.chosen].is_example
+    assert (Path(tab.settings.home) / LINEAGE).exists() is False
