@@ -375,7 +375,7 @@ def test_rows_that_the_template_refuses_are_listed_at_once_or_left_out_if_asked(
     rows = [*dataset(4), {"prompt": "no", "completion": "x"}, {"prompt": "no", "completion": "y"}]
     with pytest.raises(DatasetError) as failure:
         train_here(make_run(tmp_path, train_rows=rows, base_model=str(folder)))
-    assert "2 rows cannot be written in the model's chat template" in str(failure.value)
+    assert "2 rows cannot be written in the chat template" in str(failure.value)
     assert "line 5" in str(failure.value) and "line 6" in str(failure.value)
     run = train_here(make_run(tmp_path, train_rows=rows, base_model=str(folder), skip_bad_rows=True))
     assert said(run, events.Started)[0].rows_left_out == (5, 6)
