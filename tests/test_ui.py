@@ -34,8 +34,9 @@ from qlora_core.config import TrainConfig
 from qlora_core.runs import RunStore
 from qlora_core.ui import form, preview, publish_tab, run_view, words
 from qlora_core.ui.chosen import Chosen
-from qlora_core.ui.data_tab import DataTab, example, turn
+from qlora_core.ui.data_tab import DataTab, example
 from qlora_core.ui.preview import How
+from qlora_core.ui.rows_view import turn
 from qlora_core.ui.runs_tab import RunsTab
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.uploads import keep_upload, safe_name
@@ -222,9 +223,9 @@ with gr.Blocks(analytics_enabled=False):
     data, train, runs = DataTab(settings), TrainTab(settings), RunsTab(settings, gr.HTML())
 chosen = data.take_upload([{str(rows)!r}])[data.chosen]
 how = ({base!r}, "model", "all_responses")
-assert "lab-tokens" in data.show_row(chosen, 1, *how, 512)[0]
-data.show_lengths(chosen, *how, 512)
-assert data.find_row(chosen, 1, "answer")[0]
+assert "lab-tokens" in data.rows.show_row(chosen, 1, *how, 512)[0]
+data.rows.show_lengths(chosen, *how, 512)
+assert data.rows.find_row(chosen, 1, "answer")
 values = [component.value for component in train.inputs]
 assert train.check(chosen, *values)[1]
 train.begin(chosen, *values)
@@ -240,7 +241,7 @@ assert "torch" not in sys.modules, "handlers"
 def test_the_page_opens_with_a_dataset_that_can_be_trained_on(tmp_path):
     tab = built(DataTab, settings_in(tmp_path))
     found = tab.first_look()
-    assert found[tab.chosen].is_example and found[tab.chosen].rows > 0 and found[tab.row] == 1
+    assert found[tab.chosen].is_example and found[tab.chosen].rows > 0 and found[tab.rows.row] == 1
     assert "support_tickets.jsonl" in found[tab.report] and found[tab.problems] == "" and found[tab.use].interactive
 
 
@@ -282,12 +283,15 @@ def test_a_reload_takes_up_the_upload_that_the_browser_remembers_and_nothing_els
     (tmp_path / "home" / "secret").write_text("{}")
     for other in (
         "",
-        "upload:gone/mine.jsonl",
-        "upload:../secret",
-        f"upload:{path}",
-        f"{remembered.split('/')[0]}/../../secret",
-        "set:../uploads",
-        "set:..",
+        "nonsense",
+        remembered.replace("mine.jsonl", "gone.jsonl"),
+        remembered.replace("uploads/", "uploads/../"),
+        json.dumps({"data": "secret", "eval": "", "columns": ""}),
+        json.dumps({"data": "uploads/../secret", "eval": "", "columns": ""}),
+        json.dumps({"data": str(path), "eval": "", "columns": ""}),
+        json.dumps({"data": "uploads", "eval": "", "columns": ""}),
+        json.dumps({"data": ["uploads"], "eval": 1, "columns": ""}),
+        json.loads(remembered)["data"],
         "job:../uploads",
         "\0",
         None,
@@ -299,8 +303,8 @@ def test_cell_content_is_never_html(tmp_path, base):
     path = write_rows(tmp_path / "evil.jsonl", [alpaca(1, instruction=EVIL, output=EVIL), {EVIL: 1}])
     tab = built(DataTab, settings_in(tmp_path))
     found = tab.take_upload([str(path)])
-    shown, _ = tab.show_row(found[tab.chosen], 1, base, "model", "all_responses", 512)
-    _, place = tab.show_found(found[tab.chosen], 1, base, "model", "all_responses", 512, EVIL + "?")
+    shown, _ = tab.rows.show_row(found[tab.chosen], 1, base, "model", "all_responses", 512)
+    _, place = tab.rows.show_found(found[tab.chosen], 1, base, "model", "all_responses", 512, EVIL + "?")
     for text in (found[tab.report], found[tab.problems], found[tab.columns_why], shown, place):
         assert "<img" not in text
     assert "&lt;" in shown and "&lt;img" in found[tab.problems] and "&lt;img" in place

@@ -98,6 +98,7 @@ def test_columns_of_a_table_are_proposed_and_read_when_confirmed(tab: DataTab, t
     found = seen(tab, tab.take_columns(found[tab.looked], NOT_SEVERAL, *proposed.values()))
     assert found[tab.chosen].rows == 2 and found[tab.use].interactive
     assert found[tab.chosen].config_fields()["columns"] == "prompt=question, response=answer"
+    assert tab.first_look(found[tab.remembered])[tab.chosen] == found[tab.chosen], "a reload keeps the columns"
 
 
 def test_several_files_become_one_dataset_asking_for_columns_first(tab: DataTab, tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def test_a_dataset_of_the_hub_is_fetched_with_the_persons_token(tab: DataTab, se
     served.add_repo("alice/tickets", private=True, files={"train.jsonl": rows, "README.md": "---\nlicense: mit\n---\n"})
     done = ticked(tab, tab.take_hub("https://huggingface.co/datasets/alice/tickets", "", "", "", "20", TOKEN))
     assert done[tab.chosen].rows == 20 and "alice--tickets" in done[tab.report]
+    assert tab.first_look(done[tab.remembered])[tab.chosen] == done[tab.chosen], "a reload takes it up again"
     refused = ticked(tab, tab.take_hub("alice/tickets", "", "", "", "", "hf_wrong"))
     assert refused[tab.problems] and "alice/tickets" in refused[tab.problems]
     for text, says in (("not a name", "not a name"), ("alice/tickets", "is no whole number")):
@@ -151,7 +153,7 @@ def test_preparing_makes_a_set_that_can_be_used_downloaded_and_pushed(
     assert (prepared.name, prepared.rows, prepared.eval_file.name) == ("my-set", 16, "eval.jsonl")
     assert "personal data" in done[tab.prepare.result] and ".zip" in done[tab.prepare.result]
     assert len(list(settings.downloads.glob("*my-set-v1.zip"))) == 1
-    shown, _ = tab.show_row(prepared, 1, base, "model", "all_responses", 512)
+    shown, _ = tab.rows.show_row(prepared, 1, base, "model", "all_responses", 512)
     assert "[EMAIL]" in shown.replace("</span>", "").replace('<span class="on">', "")
 
     run = RunStore(settings).create(TrainConfig(base_model=base, **prepared.config_fields()))
@@ -197,6 +199,7 @@ def test_another_file_to_evaluate_on_is_checked_and_compared(tab: DataTab, tmp_p
     found = seen(tab, tab.take_eval(str(held_out), chosen))
     assert Path(found[tab.chosen].eval_path).name == "held_out.jsonl"
     assert "1 of the 2 rows of held_out.jsonl are also trained on" in found[tab.overlap]
+    assert tab.first_look(found[tab.remembered])[tab.chosen] == found[tab.chosen], "a reload keeps the file"
     bad = write_rows(tmp_path / "bad.jsonl", [{}, alpaca(1)])
     assert "bad.jsonl" in seen(tab, tab.take_eval(str(bad), chosen))[tab.problems]
 
@@ -241,7 +244,7 @@ def test_every_setting_of_a_preparation_is_in_the_panel_or_taken_from_beside_it(
     ]
 
 
-@pytest.mark.parametrize("choose", [lambda tab: tab.first_look("set:gone"), lambda tab: tab.take_example()])
+@pytest.mark.parametrize("choose", [lambda tab: tab.first_look("gone"), lambda tab: tab.take_example()])
 def test_handlers_answer_only_for_their_outputs(tab: DataTab, choose: Callable[[DataTab], dict[Any, Any]]) -> None:
     assert seen(tab, choose(tab))[tab.chosen].is_example
     assert (Path(tab.settings.home) / LINEAGE).exists() is False

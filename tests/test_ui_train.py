@@ -231,7 +231,7 @@ def test_the_data_tab_and_the_findings_look_at_the_same_rows(tmp_path, base, cho
         data, train = DataTab(settings_in(tmp_path)), TrainTab(settings_in(tmp_path))
     found = preview.lengths(Chosen(str(tmp_path / "rows.jsonl")), How(base), settings_in(tmp_path))
     cut = max(found.tokens) - 1
-    sentence, _ = data.show_lengths(chosen, base, "model", "all_responses", cut)
+    sentence, _ = data.rows.show_lengths(chosen, base, "model", "all_responses", cut)
     train.look(chosen, base)
     told = train.check(chosen, *values_of(train, base, max_seq_length=cut))[4]
     count = re.search(r"(\d+ rows? \([\d.]+%\)) would be cut", sentence)[1]

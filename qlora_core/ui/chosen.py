@@ -1,12 +1,15 @@
 """The dataset that Start will use, and its rows: an upload, an example, a fetched Hub dataset or a prepared one."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_core.data.formats import parse_columns
 from qlora_core.data.inspected import Inspected, inspect_into
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.errors import DatasetError
 from qlora_core.settings import Settings
 from qlora_core.ui.words import counted
 
@@ -74,3 +77,40 @@ class Chosen:
 def rows_of(chosen: Chosen, settings: Settings) -> Inspected:
     """The usable rows, each to be had by its number. Raises DatasetError, OSError."""
     return inspect_into(chosen.file, settings, columns=chosen.columns)
+
+
+# Folders below <home> that hold datasets which a browser may take up again.
+_KEPT = ("uploads", "datasets", "hub-datasets")
+
+
+def to_remember(chosen: Chosen, settings: Settings) -> str:
+    """What a browser keeps of the choice: names below <home>; empty for an example."""
+    try:
+        data = str(Path(chosen.path).relative_to(settings.home)) if chosen.path else ""
+        evaluation = str(Path(chosen.eval_path).relative_to(settings.home)) if chosen.eval_path else ""
+    except ValueError:
+        return ""
+    return json.dumps({"data": data, "eval": evaluation, "columns": chosen.columns}) if data else ""
+
+
+def recalled(remembered: str, settings: Settings) -> Chosen | None:
+    """The choice that a browser remembers, or None: it is no longer there, or names what is no dataset of this app."""
+    try:
+        values = json.loads(remembered)
+        data, evaluation = (_kept(values[name], settings) for name in ("data", "eval"))
+        parse_columns(columns) if (columns := str(values["columns"])) else None
+    except (ValueError, KeyError, TypeError, DatasetError):
+        return None
+    return Chosen(str(data), str(evaluation) if evaluation else None, columns=columns) if data else None
+
+
+def _kept(name: str, settings: Settings) -> Path | None:
+    """Raises ValueError for a name that leaves the folders of datasets; None for an empty one."""
+    if not name:
+        return None
+    path = (settings.home / name).resolve()
+    if not any(path.is_relative_to((settings.home / folder).resolve()) for folder in _KEPT) or not path.exists():
+        raise ValueError(name)
+    if path.is_dir() and not (path / LINEAGE).is_file():
+        raise ValueError(name)
+    return settings.home / name

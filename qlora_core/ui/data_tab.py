@@ -8,30 +8,25 @@ from typing import Any
 import gradio as gr
 
 from qlora_core import jobs
-from qlora_core.charts import LENGTHS_HEIGHT, length_histogram
-from qlora_core.config import TEMPLATES, TrainConfig
 from qlora_core.data import hub_source
 from qlora_core.data.files import SUFFIXES
 from qlora_core.data.formats import Detection, detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
 from qlora_core.data.near_duplicates import LOWEST
-from qlora_core.data.sample import UNCUT
 from qlora_core.errors import DatasetError, LabError
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
-from qlora_core.ui.chosen import Chosen, rows_of
+from qlora_core.ui.chosen import Chosen, recalled, rows_of, to_remember
 from qlora_core.ui.dataset_report import near_html, problems_html, report_html
-from qlora_core.ui.plots import plot
 from qlora_core.ui.preparing import PreparePanel, merge_job
-from qlora_core.ui.preview import How
 from qlora_core.ui.progress import progress_html
-from qlora_core.ui.uploads import keep_upload, kept_upload
-from qlora_core.ui.words import counted, esc, problems_panel
+from qlora_core.ui.rows_view import RowsView
+from qlora_core.ui.uploads import keep_upload
+from qlora_core.ui.words import counted, esc, hint, problems_panel, waiting
 
 # Larger files are looked at by a process of their own, with progress; smaller ones are done before it would have started.
 LARGE_BYTES = 30_000_000
 TICK_SECONDS = 0.7
-SEARCH_SECONDS = 20
 # Roles of columns that a person can choose, as the Data tab names them.
 ROLES = {
     "prompt": "Prompt",
@@ -42,16 +37,6 @@ ROLES = {
     "text": "or: plain text",
 }
 NOT_SEVERAL: tuple[tuple[Path, ...], str] = ((), "")
-OWN = "own"
-TEMPLATE_CHOICES = [
-    ("the model’s own", "model"),
-    ("Alpaca", "alpaca"),
-    ("ChatML", "chatml"),
-    ("Llama-3", "llama3"),
-    ("Mistral", "mistral"),
-    ("Zephyr", "zephyr"),
-    ("your own (Jinja)", OWN),
-]
 
 
 def example() -> Chosen:
@@ -72,7 +57,6 @@ class DataTab:
         self.picked = gr.State(0.0)
         # Several files that are to be one dataset, and the columns of those in no known form.
         self.several = gr.State(NOT_SEVERAL)
-        self.row = gr.State(1)
         self.job = gr.State("")
         # What this browser chose last: an upload, a prepared set, or a job under way; a reload takes it up again. The fixed
         # secret only keeps it readable after a restart of the app: it hides nothing, and what comes back is checked.
@@ -83,7 +67,7 @@ class DataTab:
             with gr.Column(scale=2, min_width=280):
                 self._build_sources()
             with gr.Column(scale=3, min_width=280):
-                self.report = gr.HTML(_waiting("Reading the example…"), min_height=150, elem_id="report")
+                self.report = gr.HTML(waiting("Reading the example…"), min_height=150, elem_id="report")
                 self.progress = gr.HTML("", elem_id="data-progress")
                 self.cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="cancel-data")
                 self.skip = gr.Checkbox(
@@ -108,16 +92,7 @@ class DataTab:
             )  # fmt: skip
             self.overlap = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="overlap", min_width=60)
         self.near_found = gr.HTML("", elem_id="near-found")
-        gr.HTML('<div class="lab-step"><i>2</i>What the model will see</div>')
-        self._build_preview()
-        gr.HTML('<div class="lab-step"><i>3</i>Lengths</div>')
-        self.sentence = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="lengths-sentence")
-        self.histogram = plot(
-            length_histogram((), cut_at=0),
-            height=LENGTHS_HEIGHT,
-            elem_id="chart-lengths",
-            label="token lengths of the rows",
-        )
+        self.rows = RowsView(settings)
         self.prepare = PreparePanel(settings)
 
     def _build_sources(self) -> None:
@@ -155,67 +130,21 @@ class DataTab:
                 }
             self.read_columns = gr.Button("Read the rows so", size="md", elem_id="read-columns")
 
-    def _build_preview(self) -> None:
-        config = TrainConfig()
-        with gr.Row(equal_height=True, elem_classes="lab-choices"):
-            self.template_choice = gr.Radio(
-                TEMPLATE_CHOICES, value="model", label="Template", info="How rows are written.", elem_id="template"
-            )
-            self.fields = {"loss_on": form.component("loss_on", config.loss_on)}
-        with gr.Column(visible=False) as self.own_template:
-            self.fields["template"] = form.component("template", config.template)
-        with gr.Row(elem_classes="lab-pager"):
-            self.back = gr.Button("◀ Previous", size="sm", min_width=92, scale=0, elem_id="previous-row")
-            self.forward = gr.Button("Next ▶", size="sm", min_width=92, scale=0, elem_id="next-row")
-            self.longest = gr.Button("Longest", size="sm", min_width=80, scale=0, elem_id="longest-row")
-            self.shortest = gr.Button("Shortest", size="sm", min_width=80, scale=0, elem_id="shortest-row")
-            self.find = gr.Textbox(
-                show_label=False, label="Find in rows, or go to a row number", placeholder="find text, or a row number",
-                max_lines=1, min_width=190, scale=1, container=False, elem_id="find-row",
-            )  # fmt: skip
-            self.place = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="row-place", min_width=60)
-        self.tokens = gr.HTML(_waiting("Loading the tokenizer…"), min_height=286, elem_id="tokens")
-
     @property
     def outputs(self) -> list[Any]:
         """All that a look at a dataset may change."""
-        states = [self.remembered, self.chosen, self.looked, self.several, self.picked, self.row, self.job]
+        states = [self.remembered, self.chosen, self.looked, self.several, self.picked, self.rows.row, self.job]
         shown = [self.report, self.problems, self.skip, self.use, self.progress, self.cancel, self.timer]
         columns = [self.columns_box, self.columns_why, *self.columns.values()]
         return [*states, *shown, self.overlap, self.near_found, *columns, *self.prepare.outputs]
 
     def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> Any:
         """Wire the tab; returns the trigger after which another dataset is chosen."""
-        how = [base_model, self.fields["template"], self.fields["loss_on"]]
-        cut = train_fields["max_seq_length"]
-        row_inputs, row_outputs = [self.chosen, self.row, *how, cut], [self.tokens, self.place]
-        length_inputs = [self.chosen, *how, cut, train_fields["rows_per_step"]]
         self._connect_sources(hidden)
         self.prepare.connect(self, base_model, hidden)
         self.skip.input(self.set_skip, [self.chosen, self.several, self.skip], self.outputs, **hidden)
         self.cancel.click(self.cancel_job, self.job, self.outputs, **hidden)
-        for button, move in (
-            (self.back, lambda chosen, row: turn(chosen, row, -1)),
-            (self.forward, lambda chosen, row: turn(chosen, row, 1)),
-            (self.longest, lambda chosen, row: self.extreme(chosen, row, longest=True)),
-            (self.shortest, lambda chosen, row: self.extreme(chosen, row, longest=False)),
-        ):
-            button.click(move, [self.chosen, self.row], self.row, **hidden).then(
-                self.show_row, row_inputs, row_outputs, **hidden
-            )
-        self.find.submit(self.find_row, [self.chosen, self.row, self.find], [self.row, self.place], **hidden).success(
-            self.show_found, [*row_inputs, self.find], row_outputs, **hidden
-        )
-        looked_at = [self.chosen, base_model, *self.fields.values(), cut]
-        gr.on(
-            [component.change for component in looked_at],
-            self.show_row, row_inputs, row_outputs, trigger_mode="always_last", **hidden,
-        )  # fmt: skip
-        gr.on(
-            [component.change for component in (*looked_at, train_fields["rows_per_step"])],
-            self.show_lengths, length_inputs, [self.sentence, self.histogram], trigger_mode="always_last", **hidden,
-        )  # fmt: skip
-        self._connect_template(base_model, hidden)
+        self.rows.connect(self.chosen, base_model, train_fields, hidden)
         return self.picked.change
 
     def _connect_sources(self, hidden: dict[str, Any]) -> None:
@@ -232,22 +161,6 @@ class DataTab:
         self.near.click(self.find_near, [self.chosen, self.similarity], self.outputs, **hidden)
         self.timer.tick(self.tick, [self.job, self.chosen], self.outputs, **hidden)
 
-    def _connect_template(self, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
-        template = self.fields["template"]
-
-        def choose(choice: str, base_model: str) -> tuple[Any, Any]:
-            if choice != OWN:
-                return choice, gr.Column(visible=False)
-            return preview.template_to_edit(base_model, self.settings), gr.Column(visible=True)
-
-        def follow(text: str) -> tuple[Any, Any]:
-            """Where a template came from settings or from a run."""
-            own = text not in TEMPLATES
-            return gr.Radio(value=OWN if own else text), gr.Column(visible=own)
-
-        self.template_choice.input(choose, [self.template_choice, base_model], [template, self.own_template], **hidden)
-        template.change(follow, template, [self.template_choice, self.own_template], **hidden)
-
     def on_load(self, demo: gr.Blocks, hidden: dict[str, Any]) -> None:
         """What the page opens with, looked at: what this browser chose last, or the example."""
         demo.load(self.first_look, self.remembered, self.outputs, **hidden)
@@ -255,15 +168,10 @@ class DataTab:
     # --- where a dataset comes from
 
     def first_look(self, remembered: str = "") -> dict[Any, Any]:
-        kind, _, name = str(remembered).partition(":")
-        if kind == "job" and (job := jobs.find(name, self.settings)) is not None:
+        if str(remembered).startswith("job:") and (job := jobs.find(str(remembered)[4:], self.settings)) is not None:
             # Until it ends, and where it ends in nothing, there is the example to look at.
             return self.look(example()) | self._watch(job)
-        if kind == "set" and (folder := self.prepare.folder_of(name)) is not None:
-            return self.look(Chosen(path=str(folder)))
-        if kind == "upload" and (kept := kept_upload(name, self.settings)) is not None:
-            return self.look(Chosen(path=str(kept)))
-        return self.look(example())
+        return self.look(recalled(str(remembered), self.settings) or example())
 
     def take_example(self) -> dict[Any, Any]:
         return self.look(example())
@@ -279,7 +187,9 @@ class DataTab:
             for path in paths:
                 detection = detection_of(path, self.settings.limits)
                 if detection.form is None and detection.seen and not columns:
-                    asked = self._columns_of(replace(detection, reason=f"In {path.name}, {detection.reason}"), Chosen(""))
+                    asked = self._columns_of(
+                        replace(detection, reason=f"In {path.name}, {detection.reason}"), Chosen("")
+                    )
                     return {**self._quiet(), **asked, self.several: several, self.problems: ""}
             job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip_bad_rows)
         except LabError as error:
@@ -340,14 +250,14 @@ class DataTab:
         report = rows.report
         kept = replace(chosen, path=chosen.path if report.rows else "", rows=report.rows, bad_rows=report.bad_rows)
         return {
-            self.remembered: self._to_remember(chosen),
+            self.remembered: to_remember(chosen, self.settings),
             self.chosen: kept,
             self.looked: chosen,
             self.picked: time.time(),
             self.several: NOT_SEVERAL,
             self.overlap: self._overlap_of(kept),
             self.near_found: "",
-            self.row: 1,
+            self.rows.row: 1,
             self.report: report_html(report, chosen),
             self.problems: problems_html(report, rows, self.settings),
             self.skip: gr.Checkbox(value=False, visible=bool(report.bad_rows and report.rows)),
@@ -360,13 +270,13 @@ class DataTab:
     def _overlap_of(self, chosen: Chosen) -> str:
         """How many of the rows to evaluate on are also trained on."""
         if not chosen.path or not chosen.eval_file:
-            return _hint("")
+            return hint("")
         try:
             rows, shared = preview.shared_rows(chosen, chosen.eval_file, self.settings)
         except (LabError, OSError):
-            return _hint("")
+            return hint("")
         told = f"{shared:,} of the {counted(rows, 'row')} of {chosen.eval_file.name} are also trained on"
-        return f'<p class="lab-warn">{esc(told)}</p>' if shared else _hint(told.replace("0 of", "None of", 1))
+        return f'<p class="lab-warn">{esc(told)}</p>' if shared else hint(told.replace("0 of", "None of", 1))
 
     def take_eval(self, file: str, chosen: Chosen) -> dict[Any, Any]:
         """Evaluate on that file instead of on rows that are held out."""
@@ -386,7 +296,7 @@ class DataTab:
 
     def find_near(self, chosen: Chosen, similarity: float) -> dict[Any, Any]:
         if not chosen.path:
-            return {self.near_found: _hint("Choose a dataset first.")}
+            return {self.near_found: hint("Choose a dataset first.")}
         columns = ["--columns", chosen.columns] if chosen.columns else []
         near = ["--near-duplicates", f"{float(similarity or 0.8):g}"]
         job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings)
@@ -399,27 +309,20 @@ class DataTab:
         why = detection.reason + ("; say which column is what, or take the proposal." if unsure else ".")
         return {
             self.columns_box: gr.Accordion(visible=bool(detection.seen), open=unsure),
-            self.columns_why: _hint(why[:1].upper() + why[1:]),
+            self.columns_why: hint(why[:1].upper() + why[1:]),
             **{
                 box: gr.Dropdown(choices=choices, value=proposed.get(role, "") if proposed.get(role) in choices else "")
                 for role, box in self.columns.items()
             },
         }
 
-    def _to_remember(self, chosen: Chosen) -> str:
-        if chosen.is_prepared:
-            return f"set:{chosen.name}"
-        if chosen.file.is_relative_to(self.settings.home / "uploads"):
-            return f"upload:{chosen.file.parent.name}/{chosen.file.name}"
-        return ""
-
     def _unusable(self, title: str, problems: tuple[str, ...]) -> dict[Any, Any]:
         return {
             self.chosen: Chosen(path=""),
             self.looked: Chosen(path=""),
             self.several: NOT_SEVERAL,
-            self.row: 1,
-            self.report: _waiting("Drop another file, or take the example."),
+            self.rows.row: 1,
+            self.report: waiting("Drop another file, or take the example."),
             self.problems: problems_panel(problems, title=title),
             self.skip: gr.Checkbox(visible=False),
             self.use: gr.Button(interactive=False),
@@ -471,14 +374,14 @@ class DataTab:
                 found = near_html(rows_of(chosen, self.settings), similarity, self.settings)
                 blocked = bool(chosen.problem())
                 return {**self._quiet(), self.near_found: found, self.use: _use(chosen, blocked),
-                        self.remembered: self._to_remember(chosen)}  # fmt: skip
+                        self.remembered: to_remember(chosen, self.settings)}  # fmt: skip
             columns = job.arguments[job.arguments.index("--columns") + 1] if "--columns" in job.arguments else ""
             return self.look(Chosen(path=path, columns=columns))
-        remembered = self._to_remember(chosen) if chosen.path else ""
+        remembered = to_remember(chosen, self.settings)
         quiet = {**self._quiet(), self.remembered: remembered, self.use: _use(chosen, bool(chosen.problem()))}
         if progress.state == jobs.CANCELLED:
             told = f"Cancelled while {progress.doing}; the dataset above stays." if progress.doing else "Cancelled."
-            return {**quiet, self.progress: _hint(told)}
+            return {**quiet, self.progress: hint(told)}
         title = "Not prepared" if job.arguments[0] == "prepare" else "Not usable"
         undecided = any("skip_bad_rows" in problem for problem in progress.problems)
         return {
@@ -490,110 +393,8 @@ class DataTab:
     def cancel_job(self, job_id: str) -> dict[Any, Any]:
         if (job := jobs.find(job_id, self.settings)) is not None:
             job.cancel()
-        return {self.progress: _hint("Cancelling …")}
-
-    # --- its rows
-
-    def extreme(self, chosen: Chosen, row: int, *, longest: bool) -> int:
-        """The row with the most, or the fewest, characters."""
-        try:
-            rows = rows_of(chosen, self.settings)
-        except (LabError, OSError):
-            return row
-        return (rows.longest() if longest else rows.shortest()) or row
-
-    def find_row(self, chosen: Chosen, row: int, wanted: str) -> tuple[Any, Any]:
-        """(row, what is told): by its number, or the next one that holds the text."""
-        wanted = (wanted or "").strip()
-        if not wanted or not chosen.path:
-            return gr.skip(), gr.skip()
-        if wanted.isdecimal() and 1 <= int(wanted) <= chosen.rows:
-            return int(wanted), gr.skip()
-        deadline = time.monotonic() + SEARCH_SECONDS
-        found = rows_of(chosen, self.settings).search(wanted, row, keep_on=lambda: time.monotonic() < deadline)
-        return found or row, gr.skip()
-
-    def show_found(self, chosen: Chosen, row: int, *rest: Any) -> tuple[str, str]:
-        *how, cut, wanted = rest
-        shown, place = self.show_row(chosen, row, *how, cut)
-        wanted = (wanted or "").strip()
-        number = wanted.isdecimal() and int(wanted) == row
-        if (
-            chosen.path
-            and wanted
-            and not number
-            and wanted.casefold() not in rows_of(chosen, self.settings).row(row).text.casefold()
-        ):
-            place = f'<p class="lab-warn">No row has “{esc(wanted[:60])}”</p>'
-        return shown, place
-
-    def show_row(
-        self, chosen: Chosen, row: int, base_model: str, template: str, loss_on: str, max_seq_length: float
-    ) -> tuple[str, str]:
-        if not chosen.path:
-            return _waiting("Choose a dataset, and its rows appear here as the model will read them."), _hint("")
-        place = f"Row {row:,} of {chosen.rows:,}"
-        try:
-            shown = preview.row_html(
-                chosen,
-                row,
-                How(base_model, template, loss_on),
-                max_seq_length=_cut(max_seq_length),
-                settings=self.settings,
-            )
-        except LabError as error:
-            shown = problems_panel(error.problems, title="This row cannot be shown")
-        except (IndexError, OSError):  # another dataset has been chosen meanwhile
-            return gr.skip(), gr.skip()
-        return shown, _hint(place)
-
-    def show_lengths(
-        self,
-        chosen: Chosen,
-        base_model: str,
-        template: str,
-        loss_on: str,
-        max_seq_length: float,
-        rows_per_step: float = 8,
-    ) -> tuple[str, str]:
-        cut = _cut(max_seq_length)
-        empty = length_histogram((), cut_at=cut).to_json()
-        if not chosen.path:
-            return _hint("Choose a dataset to see how long its rows are."), empty
-        try:
-            found = preview.lengths(chosen, How(base_model, template, loss_on), self.settings)
-        except LabError as error:
-            return problems_panel(error.problems, title="Lengths are unknown"), empty
-        except OSError:
-            return gr.skip(), gr.skip()
-        told = preview.lengths_sentence(
-            found, rows=chosen.rows, max_seq_length=cut, rows_per_step=max(1, int(rows_per_step or 1))
-        )
-        sentence = _hint(told)
-        if found.refused:
-            sentence += problems_panel(
-                found.refused[:20], title=f"{counted(len(found.refused), 'row')} refused by the template"
-            )
-        return sentence, length_histogram(found.tokens, cut_at=cut).to_json()
-
-
-def turn(chosen: Chosen, row: int, by: int) -> int:
-    """The next or previous row, going round at the ends."""
-    return (row - 1 + by) % max(1, chosen.rows) + 1
+        return {self.progress: hint("Cancelling …")}
 
 
 def _use(chosen: Chosen, blocked: bool) -> gr.Button:
     return gr.Button(interactive=bool(chosen.path) and not blocked)
-
-
-def _cut(value: float | None) -> int:
-    """The form's row length while a person may still be typing it."""
-    return max(1, int(value)) if value else UNCUT
-
-
-def _hint(text: str) -> str:
-    return f'<p class="lab-hint">{esc(text) or "&nbsp;"}</p>'
-
-
-def _waiting(text: str) -> str:
-    return f'<div class="lab-empty"><p>{esc(text)}</p></div>'

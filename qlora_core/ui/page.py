@@ -31,7 +31,7 @@ def build_app(settings: Settings) -> gr.Blocks:
             with gr.Tab("Data", id=DATA):
                 data = DataTab(settings)
             with gr.Tab("Train", id=TRAIN) as train_tab:
-                train = TrainTab(settings, data.fields)
+                train = TrainTab(settings, data.rows.fields)
             with gr.Tab("Runs", id=RUNS):
                 runs = RunsTab(settings, status)
             with gr.Tab("Publish", id=PUBLISH) as publish_tab:

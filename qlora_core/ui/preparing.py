@@ -14,7 +14,6 @@ import gradio as gr
 from qlora_core import jobs
 from qlora_core.data import derived
 from qlora_core.data.inspection import DatasetReport
-from qlora_core.data.locate import LINEAGE
 from qlora_core.data.preparation import Preparation
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.errors import ConfigError, LabError
@@ -95,7 +94,7 @@ class PreparePanel:
 
     def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
         """`tab` is the DataTab that the panel stands on."""
-        inputs = [tab.chosen, self.name, tab.fields["template"], base_model, *self.inputs.values()]
+        inputs = [tab.chosen, self.name, tab.rows.fields["template"], base_model, *self.inputs.values()]
 
         def begin(chosen: Chosen, name: str, template: str, base_model: str, *values: Any) -> dict[Any, Any]:
             try:
@@ -129,11 +128,6 @@ class PreparePanel:
         preparation = Preparation.from_mapping(given, where="Prepare")
         out = self.settings.home / "datasets" / safe_name(name or chosen.name)
         return ["prepare", *sources, "--out", str(out), "--json", *command_options(preparation)]
-
-    def folder_of(self, name: str) -> Path | None:
-        """The prepared set that a browser remembers, or None."""
-        folder = self.settings.home / "datasets" / safe_name(name)
-        return folder if folder.name == name and (folder / LINEAGE).is_file() else None
 
     def of(self, chosen: Chosen, report: DatasetReport) -> dict[Any, Any]:
         """What the panel shows of the dataset that has been chosen."""

@@ -31,14 +31,6 @@ def keep_upload(path: Path, settings: Settings) -> Path:
         partial.unlink(missing_ok=True)
 
 
-def kept_upload(name: str, settings: Settings) -> Path | None:
-    """The copy that a browser names as `<content hash>/<name>`, or None: it is not there, or not an upload at all."""
-    if not re.fullmatch(r"[0-9a-f]{16}/[^/\0]{1,200}", str(name)):
-        return None
-    path = settings.home / "uploads" / str(name)
-    return path if path.is_file() else None
-
-
 def safe_name(name: str) -> str:
     """A file name that stays in its folder and that every file system takes."""
     return re.sub(r"[^\w.-]+", "-", Path(name).name, flags=re.ASCII).strip(".-")[-100:] or "dataset.jsonl"

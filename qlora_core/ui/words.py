@@ -180,3 +180,13 @@ def _started(event: events.Started) -> list[str]:
             listed = ", ".join(map(str, left_out[:20])) + (" …" if len(left_out) > 20 else "")
             lines.append(f"{what}: {counted(len(left_out), 'row')} (lines {listed})")
     return lines
+
+
+def hint(text: str) -> str:
+    """A line of less importance; as high when it is empty."""
+    return f'<p class="lab-hint">{esc(text) or "&nbsp;"}</p>'
+
+
+def waiting(text: str) -> str:
+    """Stands where something will be."""
+    return f'<div class="lab-empty"><p>{esc(text)}</p></div>'
