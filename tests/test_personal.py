@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_core.data import personal
-from qlora_core.data.personal import KINDS, Found, engine_name, find, mask
+from qlora_core.data.claims import Found
+from qlora_core.data.personal import KINDS, engine_name, find, mask
 
 EMAILS = (
     "jane@example.com|jane.doe+tag@mail.example.co.uk|o'brien@example.org|JANE_DOE@EXAMPLE.COM|j@xn--bcher-kva.example"
