@@ -9,17 +9,8 @@ from helpers import CHATML, alpaca, tokenizer_folder, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.data.formats import (
-    ALPACA,
-    BY_HAND,
-    MESSAGES,
-    SHAREGPT,
-    TEXT,
-    detect,
-    parse_columns,
-    read_rows,
-    row_of,
-)  # fmt: skip
+from qlora_core.data.detection import ALPACA, BY_HAND, MESSAGES, SHAREGPT, TEXT, detect, parse_columns
+from qlora_core.data.formats import read_rows, row_of
 from qlora_core.data.inspection import inspect
 from qlora_core.data.rows import Example, Message, Problem
 from qlora_core.errors import DatasetError

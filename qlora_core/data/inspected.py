@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from qlora_core.data.detection import parse_columns
 from qlora_core.data.files import Watch, kind_of
-from qlora_core.data.formats import parse_columns
 from qlora_core.data.inspection import LISTED, DatasetReport, inspect, short_digest
 from qlora_core.data.listing import Listing, write_listing
 from qlora_core.data.near_duplicates import NearDuplicates

@@ -16,8 +16,9 @@ import numpy as np
 from qlora_core.config import TEMPLATES
 from qlora_core.data import derived, near_duplicates, prepared_set
 from qlora_core.data.card import is_license_id
+from qlora_core.data.detection import Detection
 from qlora_core.data.files import Watch
-from qlora_core.data.formats import Detection, detection_of, read_rows
+from qlora_core.data.formats import detection_of, read_rows
 from qlora_core.data.hub_source import PREFIX, Fetched, HubDataset, fetch
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import NearDuplicates

@@ -15,7 +15,8 @@ import orjson
 
 from qlora_core import architecture, token_cache
 from qlora_core.data.card import data_card
-from qlora_core.data.formats import ALPACA, MESSAGES, TEXT, read_rows, row_of
+from qlora_core.data.detection import ALPACA, MESSAGES, TEXT
+from qlora_core.data.formats import read_rows, row_of
 from qlora_core.data.inspection import short_digest
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.rows import Example

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_core.data.formats import parse_columns
+from qlora_core.data.detection import parse_columns
 from qlora_core.data.inspected import Inspected, inspect_into
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.prepared_set import PreparedSet

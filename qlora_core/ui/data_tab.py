@@ -9,8 +9,9 @@ import gradio as gr
 
 from qlora_core import jobs
 from qlora_core.data import hub_source
+from qlora_core.data.detection import Detection
 from qlora_core.data.files import SUFFIXES
-from qlora_core.data.formats import Detection, detection_of
+from qlora_core.data.formats import detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
 from qlora_core.data.near_duplicates import LOWEST
 from qlora_core.errors import DatasetError, LabError
