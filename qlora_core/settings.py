@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_core.data.files import Limits
+from qlora_core.data.limits import Limits
 from qlora_core.errors import ConfigError
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from qlora_core.config import TrainConfig
 from qlora_core.data.detection import form_of
-from qlora_core.data.files import Limits
 from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
+from qlora_core.data.limits import Limits
 from qlora_core.data.locate import locate
 from qlora_core.data.rows import Example, Message
 from qlora_core.data.stored import StoredDataset, read_stored, store

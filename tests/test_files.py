@@ -15,9 +15,10 @@ from helpers import alpaca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.data.files import Limits, kind_of
+from qlora_core.data.files import kind_of
 from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
+from qlora_core.data.limits import Limits
 from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
 

@@ -3,10 +3,8 @@
 Knows no format of conversations. Holds no more than one row, whatever the file claims to be.
 """
 
-import csv
 import gzip
 import io
-import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_core.data.json_rows import array_elements, parsed
-from qlora_core.data.rows import LINE, ROW, BlankLine, Problem, Unusable
+from qlora_core.data.limits import Limits, file_too_large, rest_of_line, too_large
+from qlora_core.data.rows import LINE, ROW, BlankLine, Problem, Record, Records, Unusable
+from qlora_core.data.tables import delimiter_of, parquet_records, table_records
 from qlora_core.errors import DatasetError
 
 JSONL, JSON_ARRAY, CSV, TSV, PARQUET = "JSONL", "JSON array", "CSV", "TSV", "Parquet"
@@ -37,18 +37,6 @@ GZIP, PARQUET_MAGIC, MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 HEAD_BYTES = 8192
 WATCH_EVERY = 2000
-PARQUET_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a file may grow to: bytes of one row, and of the whole file once it is unpacked."""
-
-    row_bytes: int = 1_000_000
-    file_bytes: int = 20_000_000_000
-
-
-DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -69,18 +57,6 @@ class FileKind:
         return self.name + separated + (", gzip" if self.gzipped else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row as columns and values, and about how many bytes they were. `is_clean`: no text in it can hold control
-    characters or half characters."""
-
-    line: int
-    values: dict[str, Any]
-    size: int
-    is_clean: bool = False
-
-
-Records = Iterator[Record | Problem | BlankLine]
 # (bytes of the file read, of how many); raises to end the reading.
 Watch = Callable[[int, int], None]
 
@@ -115,7 +91,7 @@ def kind_of(path: Path) -> FileKind:
     marked = head.startswith(MARK)
     if name.endswith((".csv", ".tsv")) and not text.startswith(b"{"):
         kind = TSV if name.endswith(".tsv") else CSV
-        return FileKind(kind, gzipped, marked, "\t" if kind == TSV else _delimiter(text))
+        return FileKind(kind, gzipped, marked, "\t" if kind == TSV else delimiter_of(text))
     return FileKind(JSON_ARRAY if text.startswith(b"[") else JSONL, gzipped, marked)
 
 
@@ -129,7 +105,7 @@ def read_records(path: Path, limits: Limits, *, watch: Watch | None = None) -> R
         packed = stack.enter_context(path.open("rb"))
         if kind.name == PARQUET:
             file = _seekable(packed, path, limits, stack) if kind.gzipped else packed
-            records = _parquet(file, path.name, limits)
+            records = parquet_records(file, path.name, limits)
         else:
             raw: Any = gzip.GzipFile(fileobj=packed) if kind.gzipped else packed
             file = io.BufferedReader(_Counted(raw, path.name, limits.file_bytes), 1 << 20)
@@ -140,7 +116,7 @@ def read_records(path: Path, limits: Limits, *, watch: Watch | None = None) -> R
             elif kind.name == JSONL:
                 records = _json(_lines(file, limits.row_bytes), LINE)
             else:
-                records = _table(file, path.name, kind.delimiter, limits)
+                records = table_records(file, path.name, kind.delimiter, limits)
         size, last = path.stat().st_size, 0
         try:
             for number, record in enumerate(records):
@@ -178,10 +154,7 @@ class _Counted(io.RawIOBase):
         data = self._file.read1(len(buffer))
         self._read += len(data)
         if self._read > self._most:
-            raise DatasetError(
-                f"{self._name}: has more than {self._most:,} bytes once it is unpacked; take a part of it, or raise "
-                "QLORA_LAB_MAX_DATASET_BYTES if it is meant"
-            )
+            raise file_too_large(self._name, self._most)
         buffer[: len(data)] = data
         return len(data)
 
@@ -208,21 +181,9 @@ def _lines(file: BinaryIO, row_bytes: int) -> Iterator[tuple[int, bytes | Proble
     while raw := file.readline(row_bytes + 2):
         line += 1
         if len(raw) > row_bytes and len(raw.removesuffix(b"\n").removesuffix(b"\r")) > row_bytes:
-            yield line, Problem(line, "row too large", too_large(_rest_of_line(file, raw), row_bytes))
+            yield line, Problem(line, "row too large", too_large(rest_of_line(file, raw), row_bytes))
         else:
             yield line, raw
-
-
-def _rest_of_line(file: BinaryIO, raw: bytes) -> int:
-    """Bytes of a line whose beginning was read; the rest of it is skipped."""
-    size = len(raw)
-    while not raw.endswith(b"\n") and (raw := file.readline(1 << 20)):
-        size += len(raw)
-    return size
-
-
-def too_large(size: int, limit: int) -> str:
-    return f"the row has {size:,} bytes, the limit is {limit:,}; split the row, or raise QLORA_LAB_MAX_ROW_BYTES if it is meant"
 
 
 def _json(documents: Iterator[tuple[int, bytes | Problem]], unit: str) -> Records:
@@ -238,120 +199,3 @@ def _json(documents: Iterator[tuple[int, bytes | Problem]], unit: str) -> Record
                 yield Problem(line, *problem.args, unit=unit)
             else:
                 yield Record(line, values, len(raw), is_clean)
-
-
-# --- tables ------------------------------------------------------------------------------------------------------------
-
-
-def _delimiter(text: bytes) -> str:
-    """The one that parts the header: commas, or what spreadsheets write where a comma is a decimal point."""
-    header = text.splitlines()[0].decode(errors="replace") if text else ""
-    return max(",;\t|", key=lambda mark: (header.count(mark), mark == ","))
-
-
-class _TableLines:
-    """Lines as csv wants them; what the csv reader cannot tell of them is kept until its row is made."""
-
-    def __init__(self, file: BinaryIO, row_bytes: int) -> None:
-        self._file, self._row_bytes = file, row_bytes
-        self.number, self.bytes, self.problem = 0, 0, ""
-
-    def __iter__(self) -> Iterator[str]:
-        while raw := self._file.readline(self._row_bytes + 2):
-            self.number += 1
-            self.bytes += len(raw)
-            if len(raw) > self._row_bytes + 1:
-                self.bytes += _rest_of_line(self._file, raw) - len(raw)
-                yield "\n"
-                continue
-            try:
-                yield raw.decode()
-            except UnicodeDecodeError as error:
-                self.problem = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8"
-                yield raw.decode(errors="replace")
-
-    def of_row(self) -> tuple[int, str]:
-        """(bytes, problem) since the last row."""
-        found = self.bytes, self.problem
-        self.bytes, self.problem = 0, ""
-        return found
-
-
-def _table(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> Records:
-    lines = _TableLines(file, limits.row_bytes)
-    csv.field_size_limit(limits.row_bytes)
-    reader = csv.reader(iter(lines), delimiter=delimiter)
-    try:
-        header = [cell.strip() for cell in next(row for row in reader if any(cell.strip() for cell in row))]
-    except (csv.Error, StopIteration) as error:
-        raise DatasetError(f"{name}: its header cannot be read ({error or 'there is none'})") from None
-    header = [cell or f"column {number}" for number, cell in enumerate(header, 1)]
-    if twice := [cell for cell in dict.fromkeys(header) if header.count(cell) > 1]:
-        raise DatasetError(f"{name}: the header names {', '.join(map(repr, twice[:6]))} more than once; rename one")
-    lines.of_row()
-    while True:
-        line = lines.number + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            lines.of_row()
-            yield Problem(
-                line, "not a table row", f"cannot be read as {len(header)} cells: {error}; is a quote unclosed?"
-            )
-            continue
-        size, problem = lines.of_row()
-        if size > limits.row_bytes + 2:
-            yield Problem(line, "row too large", too_large(size, limits.row_bytes))
-        elif problem:
-            yield Problem(line, "invalid UTF-8", problem)
-        elif not any(cells):
-            yield BlankLine(line)
-        elif len(cells) != len(header):
-            yield Problem(
-                line,
-                "wrong number of cells",
-                f"has {len(cells)} cells, the header has {len(header)}; quote cells that hold {delimiter!r} or a line break",
-            )
-        else:
-            yield Record(line, dict(zip(header, cells, strict=True)), size)
-
-
-def _parquet(file: BinaryIO, name: str, limits: Limits) -> Records:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-        groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(f"{name}: cannot be read as Parquet: {_one_line(error)}") from None
-    claimed = sum(group.total_byte_size for group in groups)
-    too_much = DatasetError(
-        f"{name}: has more than {limits.file_bytes:,} bytes once it is unpacked; take a part of it, or raise "
-        "QLORA_LAB_MAX_DATASET_BYTES if it is meant"
-    )
-    if claimed > limits.file_bytes:
-        raise too_much
-    row = unpacked = 0
-    try:
-        # A row may repeat a large value at next to no cost in the file, so what is unpacked is counted too.
-        for batch in table.iter_batches(batch_size=PARQUET_BATCH, use_threads=False):
-            unpacked += batch.nbytes
-            for values in batch.to_pylist():
-                row += 1
-                size = sum(len(value) for value in values.values() if isinstance(value, (str, bytes)))
-                unpacked += size
-                if unpacked > 2 * limits.file_bytes:  # each row was counted in its batch, too
-                    raise too_much
-                if size > limits.row_bytes:
-                    yield Problem(row, "row too large", too_large(size, limits.row_bytes), ROW)
-                else:
-                    yield Record(row, values, size)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield Problem(row + 1, "damaged file", f"the file cannot be read from here on: {_one_line(error)}", ROW)
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))[:200]

@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.data.detection import ALPACA, BY_HAND, Detection, detect, form_of
-from qlora_core.data.files import DEFAULT_LIMITS, Limits, Record, Watch, kind_of, read_records
+from qlora_core.data.files import Watch, kind_of, read_records
 from qlora_core.data.json_rows import FORMS_HELP
-from qlora_core.data.rows import ROLES, TEXT_ROLE, BlankLine, Example, Message, Problem, Unusable, json_type, shown
+from qlora_core.data.limits import DEFAULT_LIMITS, Limits
+from qlora_core.data.rows import (
+    ROLES,
+    TEXT_ROLE,
+    BlankLine,
+    Example,
+    Message,
+    Problem,
+    Record,
+    Unusable,
+    json_type,
+    shown,
+)
 
 # Looked at before the form of a file is decided.
 LOOKED_AT, MOST_LOOKED_AT = 200, 50_000  # rows, and entries with those that are blank or damaged

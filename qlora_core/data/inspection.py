@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from qlora_core.data.detection import Detection
-from qlora_core.data.files import DEFAULT_LIMITS, Limits, Watch, kind_of
+from qlora_core.data.files import Watch, kind_of
 from qlora_core.data.formats import read_rows
+from qlora_core.data.limits import DEFAULT_LIMITS, Limits
 from qlora_core.data.rows import BlankLine, Example, Problem
 from qlora_core.data.scripts import scripts_of
 

@@ -1,8 +1,8 @@
-"""What a dataset consists of: examples, problems, blank lines. Knows no file, no format and no model."""
+"""What a dataset consists of: records, examples, problems, blank lines. Knows no file, no format and no model."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,17 @@ ROLES = ("system", "user", "assistant", "tool")
 # The one message of a row that is plain text, not a conversation: all of it is learnt.
 TEXT_ROLE = "text"
 LINE, ROW = "line", "row"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as columns and values, and about how many bytes they were. `is_clean`: no text in it can hold control
+    characters or half characters."""
+
+    line: int
+    values: dict[str, Any]
+    size: int
+    is_clean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,9 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class BlankLine:
     line: int
+
+
+Records = Iterator[Record | Problem | BlankLine]
 
 
 class Unusable(Exception):

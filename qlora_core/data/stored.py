@@ -12,9 +12,9 @@ from typing import Any
 import orjson
 
 from qlora_core.config import TrainConfig
-from qlora_core.data.files import Limits
 from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
+from qlora_core.data.limits import Limits
 from qlora_core.data.locate import Located
 from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
