@@ -16,8 +16,9 @@ from qlora_core.data.hub_source import PREFIX, HubDataset, fetch
 from qlora_core.data.inspected import inspect_into, near_duplicates
 from qlora_core.data.inspection import DatasetReport, inspect
 from qlora_core.data.locate import LINEAGE
-from qlora_core.data.preparation import Preparation, prepare
+from qlora_core.data.preparation import Preparation
 from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.data.preparing import prepare
 from qlora_core.data.rows import Problem
 from qlora_core.errors import DatasetError, HubError
 from qlora_core.hub import push_dataset

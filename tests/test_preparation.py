@@ -20,8 +20,9 @@ from qlora_core.config import replace
 from qlora_core.data.card import code, data_card
 from qlora_core.data.formats import read_rows
 from qlora_core.data.locate import LINEAGE
-from qlora_core.data.preparation import Preparation, prepare, shares_of
+from qlora_core.data.preparation import Preparation, shares_of
 from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.data.preparing import prepare
 from qlora_core.data.rows import Example
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, DatasetError

@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_core import architecture
 from qlora_core.data.inspection import short_digest
 from qlora_core.data.listing import Listing
+from qlora_core.data.preparation import Preparation
 from qlora_core.data.rows import Example
 from qlora_core.settings import Settings
 from qlora_core.tokens import Refused, RenderedExample, load_tokenizer, render_many
-
-if TYPE_CHECKING:
-    from qlora_core.data.preparation import Preparation
 
 # A chain of generators begins at its end, so the order in which steps begin is not theirs.
 ORDER = (
@@ -135,7 +133,7 @@ def drop_duplicates(rows: Iterator[Row], ledger: Ledger) -> Iterator[Row]:
             yield row
 
 
-def mark_toxic(rows: Iterator[Row], ledger: Ledger, preparation: "Preparation", settings: Settings) -> Iterator[Row]:
+def mark_toxic(rows: Iterator[Row], ledger: Ledger, preparation: Preparation, settings: Settings) -> Iterator[Row]:
     """Rate every row with a text-classification model; list, or drop, those at or above the threshold."""
     from qlora_core import toxicity
 
@@ -157,7 +155,7 @@ def mark_toxic(rows: Iterator[Row], ledger: Ledger, preparation: "Preparation", 
                 yield row
 
 
-def fit(rows: Iterator[Row], ledger: Ledger, preparation: "Preparation", settings: Settings) -> Iterator[Row]:
+def fit(rows: Iterator[Row], ledger: Ledger, preparation: Preparation, settings: Settings) -> Iterator[Row]:
     """Drop or shorten rows of more than max_tokens, counted as training counts them."""
     most, cut = preparation.max_tokens, preparation.long_rows == "cut"
     tokenizer = load_tokenizer(architecture.tokenizer_folder(preparation.base_model, settings), preparation.template)
