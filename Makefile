@@ -32,7 +32,7 @@ test: model .venv/installed-tests
 	$(PY) -m pytest
 
 test-all: model .venv/installed-tests
-	$(PY) -m pytest -m ""
+	FUZZED=10000 $(PY) -m pytest -m ""
 
 # What CI runs beside the tests: linter, formatter, layer rules, the README against the tree.
 check: .venv/installed-tests

@@ -188,6 +188,12 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     return _split_at_responses(text, earlier, _encode_batch([text], tokenizer)[0], tokenizer)[0].tolist()
 
 
+def end_token(example: Example, tokenizer: Any) -> int | None:
+    """The token that ends the example's last response; None where the template ends it with none."""
+    rendered = render(example, tokenizer)
+    return int(rendered.token_ids[rendered.end_position]) if rendered.end_position >= 0 else None
+
+
 def _last_response(example: Example) -> int:
     return max(i for i, message in enumerate(example.messages) if message.role == "assistant")
 

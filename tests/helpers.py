@@ -24,6 +24,8 @@ from qlora_core.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable  # a test may put a stand-in there
+# `make test-all` fuzzes 10,000 examples where `make test` does 500.
+FUZZED = int(os.environ.get("FUZZED", "500"))
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -86,6 +86,14 @@ def choose_tiny_model(page: Page) -> None:
     page.keyboard.press("Enter")
 
 
+def use_tiny_model(page: Page) -> None:
+    """Back on the Data tab, with a model whose tokenizer is there."""
+    expect(page.locator("#report")).to_contain_text("usable rows")
+    tab(page, "Train")
+    choose_tiny_model(page)
+    tab(page, "Data")
+
+
 # Points of the training curve that the browser has drawn.
 POINTS = "document.querySelector('#chart-loss .lab-plot')?._fullData?.[0]?._length ?? 0"
 
@@ -216,3 +224,40 @@ def test_a_narrow_window_needs_no_sideways_scrolling(chromium, lab, scheme):
         expect(page.get_by_role("tab", name=name, exact=True).first).to_have_attribute("aria-selected", "true")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
     context.close()
+
+
+def test_a_table_is_read_prepared_and_chosen_for_training_with_a_reload_on_the_way(page, lab):
+    url, folder = lab
+    rows = "".join(f'"What is {n}?","Mail a{n}@example.com.",{"ab"[n % 2]}\n' for n in range(40))
+    (folder / "table.csv").write_text("question,answer,source\n" + rows)
+    page.goto(url)
+    use_tiny_model(page)
+    upload(page, folder / "table.csv")
+    expect(page.locator("#problems")).to_contain_text("in no form that is known")
+    expect(page.locator("#use-dataset")).to_be_disabled()
+    page.locator("#read-columns").click()
+    expect(page.locator("#report")).to_contain_text("columns chosen by hand")
+    expect(page.locator("#tokens .lab-tokens")).to_contain_text("example.com")
+    page.reload()
+    use_tiny_model(page)
+    expect(page.locator("#report")).to_contain_text("columns chosen by hand")
+
+    page.locator("#find-row input, #find-row textarea").first.fill("what is 33")
+    page.keyboard.press("Enter")
+    expect(page.locator("#row-place")).to_contain_text("Row 34 of 40")
+    page.locator("#template").get_by_text("Zephyr").click()
+    expect(page.locator("#tokens .lab-tokens")).to_contain_text("<|assistant|>")
+
+    page.locator("#prepare > button").click()
+    page.locator("#prepare-personal-data input[value=mask]").check()
+    page.locator("#prepare-start").dblclick()
+    expect(page.locator("#prepare-result")).to_contain_text("personal data")
+    expect(page.locator("#report")).to_contain_text("table-prepared")
+    expect(page.locator("#tokens .lab-tokens")).to_contain_text("[EMAIL]")
+    with page.expect_download() as download:
+        page.locator("#prepare-result a.lab-link").click()
+    download.value.save_as(folder / "set.zip")
+    assert "table-prepared/data/train.parquet" in zipfile.ZipFile(folder / "set.zip").namelist()
+    page.locator("#use-dataset").click()
+    expect(page.locator("#train-dataset")).to_contain_text("table-prepared · 36 rows, evaluated on eval.jsonl")
+    expect(page.locator("#command textarea")).to_have_value(re.compile("--template zephyr"))

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import alpaca, write_rows
+from helpers import FUZZED, alpaca, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,7 +246,7 @@ MUTATIONS = st.lists(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=FUZZED, deadline=None)
 @given(rows=st.lists(st.sampled_from(SEEDS), max_size=6), mutations=MUTATIONS, limit=st.sampled_from([20, 60, 1000]))
 def test_every_line_is_a_row_a_problem_or_blank(
     tmp_path_factory: pytest.TempPathFactory, rows: list[bytes], mutations: list[tuple[int, int, bytes]], limit: int

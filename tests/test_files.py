@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import alpaca
+from helpers import FUZZED, ROOT, alpaca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,7 +225,7 @@ def test_a_truncated_archive_keeps_the_rows_before_and_says_where_it_ends(tmp_pa
     assert report.problems[-1].kind == "damaged file"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=FUZZED, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(WRITERS)), packed=st.booleans())
 def test_a_mutated_file_of_any_kind_is_read_or_refused_in_words(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str, packed: bool
@@ -244,3 +244,26 @@ def test_a_mutated_file_of_any_kind_is_read_or_refused_in_words(
         return
     report = inspect(path, limits=Limits(10_000, 1_000_000))
     assert report.rows + report.bad_rows + report.blank_lines == len(rows)
+
+
+@settings(max_examples=FUZZED, deadline=None)
+@given(data=st.data())
+def test_a_mutated_real_file_loses_no_row_without_a_word(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    lines = (ROOT / "examples" / "support_tickets.jsonl").read_bytes().splitlines(keepends=True)
+    content = bytearray(b"".join(lines[:20]))
+    for _ in range(data.draw(st.integers(1, 8))):
+        place, removed = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 40))
+        content[place : place + removed] = data.draw(
+            st.binary(max_size=4) | st.sampled_from([b"\n", b'"', b"\\", b"{", b"}"])
+        )
+    path = written(tmp_path_factory.getbasetemp(), "real.jsonl", bytes(content))
+    try:
+        report = inspect(path)
+    except DatasetError as error:
+        assert "real.jsonl" in str(error)
+        return
+    if report.kind == "JSONL":
+        lines_there = content.count(b"\n") + (not content.endswith(b"\n"))
+        assert report.rows + report.bad_rows + report.blank_lines == lines_there

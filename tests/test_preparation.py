@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import CHATML, alpaca, config_in, model_folder, settings_in, tokenizer_folder, write_rows
+from helpers import CHATML, FUZZED, alpaca, config_in, model_folder, settings_in, tokenizer_folder, write_rows
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -321,7 +321,10 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def check_that_counts_add_up(folder: Path, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
+@hypothesis_settings(max_examples=FUZZED, deadline=None)
+@given(rows=ROWS, options=OPTIONS)
+def test_counts_always_add_up(tmp_path_factory: pytest.TempPathFactory, rows: Any, options: Any) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
     try:
         path = folder / "file.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -338,16 +341,3 @@ def check_that_counts_add_up(folder: Path, rows: list[dict[str, Any]], options: 
     written = [row for path in (made.train, made.eval) if path for row in read_rows(path)[1]]
     assert len(written) == read - dropped and all(isinstance(row, Example) for row in written)
     assert (made.folder / LINEAGE).exists()
-
-
-@hypothesis_settings(max_examples=500, deadline=None)
-@given(rows=ROWS, options=OPTIONS)
-def test_counts_always_add_up(tmp_path_factory: pytest.TempPathFactory, rows: Any, options: Any) -> None:
-    check_that_counts_add_up(tmp_path_factory.mktemp("fuzz"), rows, options)
-
-
-@pytest.mark.slow
-@hypothesis_settings(max_examples=10_000, deadline=None)
-@given(rows=ROWS, options=OPTIONS)
-def test_counts_always_add_up_long(tmp_path_factory: pytest.TempPathFactory, rows: Any, options: Any) -> None:
-    check_that_counts_add_up(tmp_path_factory.mktemp("fuzz"), rows, options)

@@ -1,5 +1,6 @@
 """Templates by name and typed in: written as their models know them, in a sandbox, with errors that name their line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from qlora_core import templates
 from qlora_core.config import TEMPLATES, TrainConfig
 from qlora_core.data.rows import Example, Message
 from qlora_core.errors import ConfigError, DatasetError
-from qlora_core.tokens import EVERYTHING, LAST_RESPONSE, load_tokenizer, prompt_ids, render, template_name
+from qlora_core.tokens import EVERYTHING, LAST_RESPONSE, end_token, load_tokenizer, prompt_ids, render, template_name
 
 TALK = Example(
     4,
@@ -110,3 +111,13 @@ def test_a_name_that_is_no_template_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="template is 'chatlm'; choose one of model, alpaca"):
         TrainConfig(template="chatlm")
     assert TrainConfig(template=templates.ALPACA).template == templates.ALPACA
+
+
+def test_generation_is_told_the_end_that_the_template_teaches(tmp_path: Path) -> None:
+    """With a template of another family the response ends with its mark, which need not be the model's end token."""
+    other = tokenizer_folder(tmp_path, chat_template=CHATML)
+    settings = json.loads((other / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    for template, end in (("chatml", "<|im_end|>"), ("zephyr", "<|endoftext|>"), ("alpaca", "<|endoftext|>")):
+        tokenizer = load_tokenizer(other, template)
+        assert tokenizer.convert_ids_to_tokens(end_token(TALK, tokenizer)) == end

@@ -4,21 +4,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CHATML, tokenizer_folder
+from helpers import CHATML, FUZZED, tokenizer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_core.config import TEMPLATES
 from qlora_core.data.rows import Example, Message
 from qlora_core.errors import DatasetError, ModelError
 from qlora_core.tokens import (
+    Refused,
     RenderedExample,
     load_tokenizer,
     prompt_ids,
     render,
+    render_many,
     template_name,
 )
 
 END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_folder(tmp_path_factory.mktemp("model"), chat_template=CHATML)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +195,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x0
 SPACED = st.lists(st.sampled_from(["\n", " ", "\t", "fox", "é", "😀"]), min_size=1, max_size=6).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=FUZZED, deadline=None)
 @given(turns=st.lists(st.tuples(TEXTS, TEXTS | SPACED), min_size=1, max_size=3))
 def test_learnt_text_is_the_responses_whatever_they_hold(
     chatml: Any, alpaca: Any, turns: list[tuple[str, str]]
@@ -198,7 +206,7 @@ def test_learnt_text_is_the_responses_whatever_they_hold(
     assert chatml.decode(rendered.token_ids.tolist()) == rendered.text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=FUZZED, deadline=None)
 @given(turns=st.lists(st.tuples(TEXTS, TEXTS | SPACED), min_size=1, max_size=3))
 def test_prompt_has_the_same_tokens_in_training_and_generation(
     chatml: Any, alpaca: Any, turns: list[tuple[str, str]]
@@ -209,3 +217,31 @@ def test_prompt_has_the_same_tokens_in_training_and_generation(
         assert list(rendered.token_ids[: len(prompt)]) == prompt
         assert rendered.supervised[len(prompt)]
         assert all(rendered.supervised[len(prompt) : -1])
+
+
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "text"])
+
+
+@settings(max_examples=FUZZED, deadline=None)
+@given(
+    messages=st.lists(st.builds(Message, ROLES, TEXTS | SPACED | st.just("")), min_size=1, max_size=5),
+    extra=st.just("") | TEXTS,
+    name=st.sampled_from(TEMPLATES),
+    loss_on=st.sampled_from(["all_responses", "last_response", "everything"]),
+)
+def test_any_conversation_is_rendered_or_refused_in_words_alone_and_in_a_batch(
+    folder: Path, messages: list[Message], extra: str, name: str, loss_on: str
+) -> None:
+    example, other = Example(7, tuple(messages), extra), conversation("Hi", "Hello")
+    if not example.is_text and not any(message.role == "assistant" for message in messages):
+        return  # reading refuses such a row
+    tokenizer = load_tokenizer(folder, name)
+    first, found, last = render_many([other, example, other], tokenizer, loss_on=loss_on)
+    assert first.text == last.text and (first.token_ids == last.token_ids).all()
+    if isinstance(found, Refused):
+        assert found.line == 7 and "line 7" in found.problem
+        return
+    alone = render(example, tokenizer, loss_on=loss_on)
+    assert (alone.token_ids == found.token_ids).all() and (alone.supervised == found.supervised).all()
+    assert len(found.token_ids) == len(found.supervised) == len(found.spans)
+    assert found.supervised.any() and found.end_position < len(found.token_ids)

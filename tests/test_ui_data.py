@@ -131,6 +131,9 @@ def test_a_dataset_of_the_hub_is_fetched_with_the_persons_token(tab: DataTab, se
     done = ticked(tab, tab.take_hub("https://huggingface.co/datasets/alice/tickets", "", "", "", "20", TOKEN))
     assert done[tab.chosen].rows == 20 and "alice--tickets" in done[tab.report]
     assert tab.first_look(done[tab.remembered])[tab.chosen] == done[tab.chosen], "a reload takes it up again"
+    assert (
+        "licence: mit. Only the first 20 rows were fetched" in done[tab.report] and done[tab.chosen].license() == "mit"
+    )
     refused = ticked(tab, tab.take_hub("alice/tickets", "", "", "", "", "hf_wrong"))
     assert refused[tab.problems] and "alice/tickets" in refused[tab.problems]
     for text, says in (("not a name", "not a name"), ("alice/tickets", "is no whole number")):

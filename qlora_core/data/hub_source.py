@@ -82,6 +82,15 @@ class Fetched:
     truncated: bool
     left_out_columns: tuple[str, ...]
 
+    def origin(self) -> dict[str, Any]:
+        return {
+            "source": str(self.source),
+            "license": self.license,
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "left_out_columns": list(self.left_out_columns),
+        }
+
 
 def fetch(
     source: HubDataset,
@@ -107,10 +116,26 @@ def fetch(
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         rows, truncated = _write(partial, reading.rows(stream), source, limit, max_bytes, progress)
+        fetched = Fetched(path, taken, rows, _license(info), truncated, left_out)
+        origin_path(path).unlink(missing_ok=True)  # that of rows which are about to be replaced
         partial.rename(path)
+        origin_path(path).write_bytes(orjson.dumps(fetched.origin()))
     finally:
         partial.unlink(missing_ok=True)
-    return Fetched(path, taken, rows, _license(info), truncated, left_out)
+    return fetched
+
+
+def origin_path(path: Path) -> Path:
+    """Beside a fetched file, where its rows come from; for whoever has the file alone."""
+    return path.with_suffix(".origin.json")
+
+
+def origin_of(path: Path) -> dict[str, Any]:
+    """What `fetch` knew of this file; empty for a file of another origin."""
+    try:
+        return orjson.loads(origin_path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def _of_page(address: str) -> HubDataset:

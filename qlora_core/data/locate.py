@@ -47,7 +47,8 @@ def locate(config: TrainConfig, settings: Settings, *, token: str | None = None)
         )
     data = Path(os.path.expanduser(config.data))
     if not (data / LINEAGE).is_file():
-        return Located(config, data, eval_data)
+        origin = hub_source.origin_of(data)
+        return Located(_licensed(config, origin.get("license")), data, eval_data, origin)
     lineage = json.loads((data / LINEAGE).read_text())
     held_out = data / "eval.jsonl"
     eval_data = eval_data or (held_out if held_out.exists() else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.data.detection import parse_columns
+from qlora_core.data.hub_source import origin_of
 from qlora_core.data.inspected import Inspected, inspect_into
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.prepared_set import PreparedSet
@@ -48,8 +49,9 @@ class Chosen:
         return Path(self.path).name
 
     def license(self) -> str:
-        """The licence that a prepared set knows; empty where none is known."""
-        return (PreparedSet.load(Path(self.path)).lineage["license"] or "") if self.is_prepared else ""
+        """The licence that comes with the rows; empty where none is known."""
+        known = PreparedSet.load(Path(self.path)).lineage if self.is_prepared else origin_of(self.file)
+        return known.get("license") or ""
 
     def problem(self) -> str | None:
         """Why Start cannot use it, with the remedy; None when it can."""

@@ -71,12 +71,12 @@ class DataTab:
                 self.report = gr.HTML(waiting("Reading the example…"), min_height=150, elem_id="report")
                 self.progress = gr.HTML("", elem_id="data-progress")
                 self.cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="cancel-data")
+                self.problems = gr.HTML("", elem_id="problems")
                 self.skip = gr.Checkbox(
                     label="Leave the listed rows out", info="They are listed with the run too.", visible=False
                 )
                 self.use = gr.Button("Use this dataset", variant="primary", size="md", elem_id="use-dataset")
         self._build_columns()
-        self.problems = gr.HTML("", elem_id="problems")
         with gr.Row(elem_classes="lab-pager lab-beside"):
             self.eval_file = gr.UploadButton(
                 "Evaluate on another file",

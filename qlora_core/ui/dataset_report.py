@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from qlora_core.data.hub_source import origin_of
 from qlora_core.data.inspected import DUPLICATES, PROBLEMS, Inspected
 from qlora_core.data.inspection import DatasetReport
 from qlora_core.data.prepared_set import PreparedSet
@@ -27,8 +28,21 @@ def report_html(report: DatasetReport, chosen: Chosen) -> str:
     return (
         f'<div class="lab-card"><h3>{esc(report.file_name)}</h3><p class="lab-hint">{esc(" · ".join(_notes(report)))}</p>'
         f'{facts(report_facts(report))}<p class="lab-hint" style="margin-top:10px">{esc(_read_as(report))}</p>'
-        f'<p class="lab-hint">{esc(held_out)}</p></div>'
+        f'{_origin_html(chosen)}<p class="lab-hint">{esc(held_out)}</p></div>'
     )
+
+
+def _origin_html(chosen: Chosen) -> str:
+    """Where the rows of a Hub dataset come from, and what of it they are not."""
+    origin = origin_of(chosen.file)
+    if not origin:
+        return ""
+    told = f"From {origin['source']}; licence: {origin['license'] or 'unknown'}."
+    if origin["truncated"]:
+        told += f" Only the first {origin['rows']:,} rows were fetched."
+    if origin["left_out_columns"]:
+        told += f" Columns that hold no text were left out: {', '.join(origin['left_out_columns'])}."
+    return f'<p class="lab-hint" style="overflow-wrap:anywhere">{esc(told)}</p>'
 
 
 def prepared_html(made: PreparedSet, report: DatasetReport) -> str:
@@ -109,7 +123,7 @@ def problems_html(report: DatasetReport, kept: Inspected, settings: Settings) ->
     if not report.bad_rows:
         return f'<p class="lab-links">{"".join(links)}</p>' if links else ""
     if report.detection.form is None:
-        told = f"{report.detection.reason}. Say above which column is what."
+        told = f"{report.detection.reason}. Say which column is what, under Columns below."
         return f'<div class="lab-problems"><b>The rows are in no form that is known.</b> {esc(told[:1].upper() + told[1:])}</div>'
     links.insert(0, download_link(kept.folder / PROBLEMS, settings, "problems.csv"))
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in report.problem_counts.items())

@@ -1,6 +1,7 @@
 """How good a model is on held-out rows: the loss of supervised tokens, and a task score on generated answers."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from qlora_core.data.rows import Example
 from qlora_core.errors import TrainingError
 from qlora_core.scores import Scorer
-from qlora_core.tokens import prompt_ids
+from qlora_core.tokens import end_token, prompt_ids
 from qlora_core.worker.batches import Row, loss_sum, make_pass, plan_passes
 
 # Answers generated at once; a decoding step costs about the same for one as for many.
@@ -91,6 +92,8 @@ def generate(
     every few tokens, a batch under way counting by its share of max_new_tokens; it may raise to end it early.
     """
     prompts = [prompt_ids(example, tokenizer) for example in examples]
+    # What ends a response in the template that is trained with need not be the model's own end token.
+    taught = {end_token(example, tokenizer) for example in examples[:1]}
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, batch = [""] * len(prompts), GENERATION_BATCH
     was_training = model.training
@@ -105,7 +108,7 @@ def generate(
 
             report(answered, len(prompts))
             try:
-                found = _greedy(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, device, on_token)
+                found = _greedy(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, device, on_token, taught)
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
                     raise
@@ -130,10 +133,12 @@ def _greedy(
     max_new_tokens: int,
     device: torch.device,
     on_token: Callable[[int], None],
+    taught: set[int | None],
 ) -> list[str]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    own = configured if isinstance(configured, list) else [configured]
+    ends = ({tokenizer.eos_token_id, *own} | taught) - {None}
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -153,7 +158,8 @@ def _greedy(
         use_cache=True,
         stopping_criteria=[watch],
     )
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in output[:, width:].tolist()]
+    answers = [list(takewhile(lambda token: token not in ends, tokens)) for tokens in output[:, width:].tolist()]
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
 
 
 def count_correct(answers: Sequence[str], examples: Sequence[Example], scorer: Scorer) -> int:
