@@ -208,7 +208,7 @@ class _Work:
             )
         return detection, rows
 
-    def _write_working_file(self) -> "prepared_set.WorkingFile":
+    def _write_working_file(self) -> prepared_set.WorkingFile:
         preparation, ledger = self.preparation, self.ledger
         rows = self._read()
         if preparation.normalise:
@@ -235,7 +235,7 @@ class _Work:
             self._drop_near(near, written)
         return written
 
-    def _drop_near(self, near: NearDuplicates, written: "prepared_set.WorkingFile") -> None:
+    def _drop_near(self, near: NearDuplicates, written: prepared_set.WorkingFile) -> None:
         pairs = near.pairs()
         counts = {
             "rows dropped": len(pairs),
@@ -249,7 +249,7 @@ class _Work:
             told = f"dropped: about {pair.similarity:.0%} like {first}"
             self.ledger.change("near duplicates", written.sources[pair.line], written.lines[pair.line], told)
 
-    def _select(self, rows: "prepared_set.WorkingFile") -> tuple[np.ndarray, np.ndarray]:
+    def _select(self, rows: prepared_set.WorkingFile) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the rows to train on and of those to evaluate on, in their order."""
         preparation, ledger = self.preparation, self.ledger
         random = np.random.default_rng(preparation.seed)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -55,7 +56,7 @@ def table_records(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> 
     except (csv.Error, StopIteration) as error:
         raise DatasetError(f"{name}: its header cannot be read ({error or 'there is none'})") from None
     header = [cell or f"column {number}" for number, cell in enumerate(header, 1)]
-    if twice := [cell for cell in dict.fromkeys(header) if header.count(cell) > 1]:
+    if twice := [cell for cell, count in Counter(header).items() if count > 1]:
         raise DatasetError(f"{name}: the header names {', '.join(map(repr, twice[:6]))} more than once; rename one")
     lines.of_row()
     while True:
