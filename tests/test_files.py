@@ -175,9 +175,50 @@ def test_rows_of_a_table_that_do_not_fit_are_told_with_their_line(tmp_path: Path
     assert report.blank_lines == 1
 
 
-def test_a_quote_that_is_never_closed_is_told(tmp_path: Path) -> None:
-    report = table_report(tmp_path, 'prompt,completion\na,b\n"c,d\n' + "e,f\n" * 100, Limits(200))
-    assert report.rows >= 1 and "quote" in report.problems[0].message
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt,completion\na,b\n"c,d\n' + "e,f\n" * 100,
+        'prompt,completion\na,b\nc,"d\n' + "e,f\n" * 100,
+        'prompt,completion\na,b\nc,"d\n' + 'e,"f"\n' * 100,
+    ],
+)
+def test_a_quote_that_is_never_closed_swallows_nothing_unsaid(tmp_path: Path, text: str) -> None:
+    for limits in (Limits(200), Limits()):
+        report = table_report(tmp_path, text, limits)
+        assert report.rows >= 1 and "quote" in report.problems[0].message and report.problems[0].line == 3
+
+
+def test_a_header_in_another_encoding_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="header cannot be read: byte 2 .0xe9. is not UTF-8"):
+        table_report(tmp_path, "xé,completion\na,b\n".encode("latin-1"))
+
+
+def test_a_delimiter_inside_quotes_is_none(tmp_path: Path) -> None:
+    assert str(kind_of(written(tmp_path, "a.csv", b'"prompt, or question, or ask";completion\n'))) == "CSV, semicolons"
+
+
+def test_parquet_values_that_json_has_no_word_for(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "prompt": pa.array([b"bytes that are text", b"b"], pa.binary()),
+            "completion": ["a", "x" * 3000],
+            "picture": pa.array([b"\xff\xfe", None], pa.binary()),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    path = written(tmp_path, "rows.parquet", sink.getvalue())
+    first, second = examples(path)
+    assert first.messages[0].content == "bytes that are text" and first.columns == {"picture": "(2 bytes)"}
+    nested = [{"messages": [{"role": "user", "content": "x" * 3000}, {"role": "assistant", "content": "y"}]}]
+    report = inspect(written(tmp_path, "nested.parquet", as_parquet(nested)), limits=Limits(1000))
+    assert [problem.kind for problem in report.problems] == ["row too large"]
+    overflow = pa.table({"prompt": ["a"], "completion": ["b"], "when": pa.array([2**50], pa.timestamp("ms"))})
+    sink = io.BytesIO()
+    pq.write_table(overflow, sink)
+    report = inspect(written(tmp_path, "when.parquet", sink.getvalue()))
+    assert report.rows == 0 and report.problems[0].kind == "damaged file"
 
 
 @pytest.mark.parametrize(("header", "says"), [("prompt,prompt\na,b", "more than once"), ("\n\n \n", "is empty")])

@@ -20,6 +20,13 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 def read(folder: Path, rows: list[Any], **options: Any) -> list[Example | Problem]:
     return list(read_rows(write_rows(folder / "rows.jsonl", rows), **options)[1])
 
@@ -78,6 +85,14 @@ def test_sharegpt_function_calls_become_tool_calls(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1]}]}, "wrong type"),
         ({"messages": "[1"}, "no messages"),
         ({"text": "  "}, "empty text"),
+        ({"text": "a", "deep": nested(200)}, "nested too deeply"),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "tools": [nested(200)],
+            },
+            "nested too deeply",
+        ),
         ({"instruction": "a", "output": "b", "system": 3}, "wrong type"),
     ],
 )
@@ -149,6 +164,9 @@ def test_columns_chosen_by_hand_are_read(tmp_path: Path) -> None:
         ("prompt=q, prompt=b, response=a", "given twice"),
         ("text=q, system=a", "makes no row"),
         ("nonsense", "no role=column"),
+        ("messages=q, prompt=a, response=a", "makes no row"),
+        ("prompt=q, response=a, tools=q", "makes no row"),
+        ("prompt=q, response=q", "reads one column twice"),
         ("prompt=q, response=gone", "no row has a column 'gone'; there are 'q', 'a'"),
     ],
 )

@@ -3,10 +3,13 @@
 import csv
 import json
 import re
+import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -24,6 +27,7 @@ from qlora_core.data.preparation import Preparation, shares_of
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.data.preparing import prepare
 from qlora_core.data.rows import Example
+from qlora_core.data.selection import held_out
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, DatasetError
 from qlora_core.runs import RunStore
@@ -162,11 +166,70 @@ def test_limit_draws_rows_and_shuffle_follows_the_seed(tmp_path: Path) -> None:
 
 def test_rows_with_problems_are_refused_or_left_out_and_listed(tmp_path: Path) -> None:
     rows = [alpaca(1), {"instruction": "x"}, alpaca(3)]
-    with pytest.raises(DatasetError, match="file0.jsonl: 1 rows have problems") as error:
+    with pytest.raises(DatasetError, match="file0.jsonl: 1 row cannot be used") as error:
         prepared(tmp_path, rows)
     assert "line 2" in error.value.problems[1] and not (tmp_path / "set").exists()
     made = prepared(tmp_path, rows, skip_bad_rows=True)
     assert made.lineage["sources"][0]["left_out"] == 1 and changes(made)[0]["line"] == "2"
+
+
+def test_every_source_is_checked_before_the_work_begins(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as error:
+        prepared(tmp_path, [alpaca(1), {}], [{"q": "a", "a": "b"}], [alpaca(2), {"instruction": "x"}])
+    told = "\n".join(error.value.problems)
+    assert "file0.jsonl: 1 row cannot be used" in told and "file2.jsonl: 1 row cannot be used" in told
+    assert "file1.jsonl: the columns 'q', 'a' are none of the known forms" in told
+
+
+def test_other_columns_never_become_part_of_the_conversation(tmp_path: Path) -> None:
+    rows = [
+        {"q": "ask", "a": "say", "messages": [{"role": "user", "content": "old"}], "text": "t", "tools": "x", "id": 1}
+    ]
+    made = prepared(tmp_path, rows, columns="prompt=q, response=a")
+    (row,) = rows_of(made)
+    assert [message["content"] for message in row["messages"]] == ["ask", "say"]
+    assert row["original_messages"][0]["content"] == "old" and row["original_text"] == "t" and row["id"] == 1
+    assert counts(made, "read")["column messages is now original_messages"] == 1
+    (text,) = rows_of(prepared(tmp_path / "b", [{"body": "all", "text": "old"}], columns="text=body"))
+    assert (text["text"], text["original_text"]) == ("all", "old")
+
+
+def test_what_stands_in_messages_and_is_not_read_is_counted_and_left_out(tmp_path: Path) -> None:
+    call = {"id": "7", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "a", "weight": 1},
+        {"role": "assistant", "content": "b", "tool_calls": [call]},
+    ]
+    made = prepared(tmp_path, [{"messages": messages}])
+    assert set(rows_of(made)[0]) == {"messages"}
+    read = counts(made, "read")
+    assert read["left out: weight of messages"] == read["left out: id of tool calls"] == 1
+
+
+def test_a_card_that_is_written_as_a_number_is_masked(tmp_path: Path) -> None:
+    (row,) = rows_of(prepared(tmp_path, [alpaca(1, card=4111111111111111, n=5)], personal_data="mask"))
+    assert (row["card"], row["n"]) == ("[CARD]", 5)
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    paths = [write_rows(tmp_path / folder / "rows.jsonl", [alpaca(n)]) for n, folder in enumerate("ab")]
+    assert [row["source"] for row in rows_of(prepared(tmp_path, *paths))] == ["rows.jsonl", "rows.jsonl (2)"]
+
+
+def test_a_column_without_a_value_is_a_stratum_of_its_own(tmp_path: Path) -> None:
+    rows = [alpaca(n, score=n) if n % 2 else alpaca(n) for n in range(100)]
+    made = prepared(tmp_path, rows, eval_fraction=0.2, stratify_by="score")
+    held_out = [json.loads(line) for line in made.eval.read_text().splitlines()]
+    assert sum("score" not in row for row in held_out) == 10
+
+
+def test_a_split_by_a_column_of_many_values_takes_no_more_than_seconds(tmp_path: Path) -> None:
+    digests, strata = np.arange(200_000, dtype=np.uint64), [f"user{n % 60_000}" for n in range(200_000)]
+    begun = time.process_time()
+    assert held_out(digests, strata, 0.1, np.random.default_rng(1)).sum() == 20_000
+    assert time.process_time() - begun < 20  # it was quadratic once: minutes
 
 
 # --- the set -----------------------------------------------------------------------------------------------------------
@@ -199,8 +262,11 @@ def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
     made = prepared(tmp_path, rows, eval_fraction=0.5)
     digests = {row.digest() for path in (made.train, made.eval) for row in read_rows(path)[1]}
     files = [made.folder / "data" / name for name in ("train.parquet", "validation.parquet")]
-    assert {row.digest() for path in files for row in read_rows(path)[1]} == digests
+    found = [row for path in files for row in read_rows(path)[1]]
+    assert {row.digest() for row in found} == digests
+    assert {row.columns["big"] for row in found} == {str(2**70), "1"}, "what 64 bits do not hold is text"
     assert sum(pq.read_metadata(path).num_rows for path in files) == 2
+    assert pq.read_schema(files[0]).equals(pq.read_schema(files[1])), "datasets refuses splits with other columns"
 
 
 def test_the_same_preparation_is_found_and_another_becomes_the_next_version(tmp_path: Path) -> None:
@@ -214,6 +280,23 @@ def test_the_same_preparation_is_found_and_another_becomes_the_next_version(tmp_
     assert PreparedSet.load(tmp_path / "set.v1").lineage["fingerprint"] == first.lineage["fingerprint"]
     second.train.unlink()
     assert prepared(tmp_path, [*rows[2:], alpaca(77)]).is_whole(), "a damaged set is made again"
+
+
+def test_a_version_that_was_deleted_leaves_its_number_free_for_nobody(tmp_path: Path) -> None:
+    rows = [alpaca(n) for n in range(10)]
+    for count in (10, 9):
+        prepared(tmp_path, rows[:count])
+    shutil.rmtree(tmp_path / "set")
+    third = prepared(tmp_path, rows[:8])
+    assert third.lineage["version"] == 2 and third.lineage["since_last_version"]["rows_removed"] == 2
+    assert prepared(tmp_path, rows[:7]).lineage["version"] == 3
+    assert sorted(path.name for path in tmp_path.glob("set.v*")) == ["set.v1", "set.v2"]
+
+
+def test_a_row_above_the_usual_limit_is_prepared_where_the_limit_is_raised(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path), max_row_bytes=3_000_000)
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(1, output="x" * 1_500_000), alpaca(2)])
+    assert prepare([str(path)], tmp_path / "set", PLAIN, settings).lineage["rows"]["train"] == 2
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -256,7 +339,7 @@ def test_nothing_of_a_file_or_a_name_breaks_out_of_the_card(tmp_path: Path) -> N
     evil = "x`|](http://evil)\n---\nlicense: mit\n# <img src=x>"
     lineage = prepared(tmp_path, [alpaca(1, **{evil: 1})]).lineage
     lineage["sources"][0]["name"] = evil
-    text = data_card(lineage | {"name": evil, "license": evil, "columns": {"train": [evil]}})
+    text = data_card(lineage | {"name": evil, "license": evil, "columns": [evil]})
     # As the Hub finds the front matter (huggingface_hub.repocard).
     front, body = re.fullmatch(r"---\n([\S\s]*?)\n---\n([\S\s]*)", text).groups()
     assert "license" not in yaml.safe_load(front)

@@ -120,7 +120,7 @@ def test_a_bad_row_among_several_files_waits_for_a_decision(tab: DataTab, tmp_pa
     ]
     found = tab.take_upload(files)
     done = ticked(tab, found)
-    assert "b.jsonl: 1 rows have problems" in done[tab.problems] and done[tab.skip].visible
+    assert "b.jsonl: 1 row cannot be used" in done[tab.problems] and done[tab.skip].visible
     again = ticked(tab, tab.set_skip(Chosen(path=""), found[tab.several], True))
     assert again[tab.chosen].rows == 3 and "1 row left out" in again[tab.report]
 

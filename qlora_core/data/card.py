@@ -57,7 +57,7 @@ def data_card(lineage: dict[str, Any]) -> str:
         "## Personal data",
         _personal(lineage["steps"].get("personal data")),
         "## Columns",
-        ", ".join(code(name) for name in lineage["columns"]["train"]),
+        ", ".join(code(name) for name in lineage["columns"]),
         "## Version",
         f"Fingerprint `{lineage['fingerprint']}`: SHA-256 over the rows in their order."
         + (

@@ -70,6 +70,8 @@ _KNOWN = {
     },
     TEXT: {"text": ("text",)},
 }
+# All names that are read as part of a conversation.
+READ_NAMES = frozenset(name for columns in _KNOWN.values() for names in columns.values() for name in names)
 
 
 def form_of(values: dict[str, Any]) -> str | None:
@@ -118,8 +120,13 @@ def parse_columns(text: str) -> dict[str, str]:
         elif role in columns:
             problems.append(f"columns: {role} is given twice")
         columns[role] = name
-    complete = "messages" in columns or "text" in columns or {"prompt", "response"} <= columns.keys()
-    if not problems and (not complete or ("text" in columns and len(columns) > 1)):
+    # Each of these makes a row by itself; what goes with it follows.
+    whole = [{"prompt", "response", "input", "system"}, {"messages", "tools", "system"}, {"text"}]
+    needed = [{"prompt", "response"}, {"messages"}, {"text"}]
+    makes_rows = any(least <= columns.keys() <= most for least, most in zip(needed, whole, strict=True))
+    if not problems and makes_rows and len(set(columns.values())) < len(columns):
+        problems.append(f"columns: {text!r} reads one column twice; each role needs a column of its own")
+    if not problems and not makes_rows:
         problems.append(
             f"columns: {text!r} makes no row; name prompt and response (and input, system), or messages (and system, tools), "
             "or text alone: prompt=question, response=answer"

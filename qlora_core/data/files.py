@@ -1,6 +1,6 @@
 """A dataset file of any kind -> its records, one at a time: JSONL, a JSON array, CSV, TSV, Parquet, each also as .gz.
 
-Knows no format of conversations. Holds no more than one row, whatever the file claims to be.
+Knows no format of conversations. Holds no more than one row, of Parquet a batch, whatever the file claims to be.
 """
 
 import gzip

@@ -4,11 +4,12 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qlora_core.data.detection import ALPACA, BY_HAND, Detection, detect, form_of
+from qlora_core.data.detection import ALPACA, BY_HAND, READ_NAMES, Detection, detect, form_of
 from qlora_core.data.files import Watch, kind_of, read_records
 from qlora_core.data.json_rows import FORMS_HELP
 from qlora_core.data.limits import DEFAULT_LIMITS, Limits
@@ -45,6 +46,8 @@ _SPEAKERS = {
     "observation": "tool",
 }
 # Control characters other than tab, newline and carriage return; and halves of surrogate pairs, which no UTF-8 can hold.
+# How deep a value may nest that nothing is made of: more would exhaust the stack of whoever writes it.
+MOST_LEVELS = 100
 UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _HALVES = re.compile("[\ud800-\udfff]")
 
@@ -132,6 +135,10 @@ def _example(record: Record, detection: Detection) -> Example:
             raise Unusable("two system prompts", f"has {system!r} and a system message; keep one")
         messages = (Message("system", text), *messages)
     rest = {name: value for name, value in values.items() if name not in used} if len(values) > len(used) else {}
+    if too_deep(rest):
+        raise Unusable(
+            "nested too deeply", f"a column that is not read nests more than {MOST_LEVELS} levels; flatten it"
+        )
     if rest and not record.is_clean and _HALVES.search(json.dumps(rest, ensure_ascii=False, default=str)):
         raise Unusable("control character", "a column that is not read holds half of a surrogate pair; remove it")
     return Example(record.line, messages, extra, detection.form or "", rest | reader.unread, tools)
@@ -186,6 +193,8 @@ class _Reader:
             value = _json_value(value)
         if value in (None, "", []):
             return ""
+        if too_deep(value):
+            raise Unusable("nested too deeply", f"{name!r} nests more than {MOST_LEVELS} levels; flatten it")
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise Unusable("wrong type", f"{name!r} is {shown(value)}; expected a list of tools as JSON objects")
         return self._checked(json.dumps(value, ensure_ascii=False), repr(name))
@@ -224,6 +233,8 @@ class _Reader:
             )
         where, content = f"message {number}: {text!r}", item.get(text)
         calls = self._calls(number, item.get("tool_calls") or item.get("function_call"))
+        if item.get("tool_calls") and item.get("function_call"):
+            self.unread.setdefault("function_call of messages", item["function_call"])
         if said == "function_call" and isinstance(content, str) and (call := _json_value(content)) is not None:
             calls, content = self._calls(number, call), None
         if isinstance(content, list):
@@ -264,28 +275,54 @@ class _Reader:
             arguments = function.get("arguments", {})
             if isinstance(arguments, str) and isinstance(found := _json_value(arguments), dict):
                 arguments = found
+            for key, part in call.items():
+                if key not in ("function", "name", "arguments") and part is not None:
+                    self.unread.setdefault(f"{key} of tool calls", part)
             calls.append({"name": function["name"], "arguments": arguments})
+        if too_deep(calls):
+            raise Unusable("nested too deeply", f"message {number} has a tool call of more than {MOST_LEVELS} levels")
         return self._checked(json.dumps(calls, ensure_ascii=False), f"message {number}: 'tool_calls'")
 
 
 def row_of(example: Example, form: str) -> dict[str, Any]:
-    """The example as a row of that form, from which the same example is read again; its other columns come last.
+    """The example as a row of that form, from which `canonical` of it is read again; its other columns come last.
 
-    All forms but Alpaca columns and plain text become chat messages.
+    All forms but Alpaca columns and plain text become chat messages. Raises ValueError where another column has a name that
+    a form reads (see `free_name`).
     """
+    if taken := [name for name in example.columns if name != free_name(name)]:
+        raise ValueError(f"columns {taken} would be read as part of the conversation")
+    example = canonical(example, form)
     if example.is_text:
         return {"text": example.messages[0].content} | example.columns
-    if form == ALPACA and len(example.messages) <= 3 and example.messages[-1].role == "assistant":
+    if form == ALPACA:
         *system, prompt, answer = example.messages
-        if len(system) == 0 or (len(system) == 1 and system[0].role == "system"):
-            row = {"instruction": prompt.content, "input": example.input, "output": answer.content}
-            return row | ({"system": system[0].content} if system else {}) | example.columns
-    messages = [_message_row(message) for message in example.messages]
-    if example.input:
-        asked = next(message for message in messages if message["role"] == "user")
-        asked["content"] += f"\n\n{example.input}"
-    row = {"messages": messages}
+        row = {"instruction": prompt.content, "input": example.input, "output": answer.content}
+        return row | ({"system": system[0].content} if system else {}) | example.columns
+    row = {"messages": [_message_row(message) for message in example.messages]}
     return row | ({"tools": json.loads(example.tools)} if example.tools else {}) | example.columns
+
+
+def canonical(example: Example, form: str) -> Example:
+    """The example as rows of that form hold it: outside of Alpaca columns its input stands where chat templates put it."""
+    if form == ALPACA or not example.input:
+        return example
+    asked = next(i for i, message in enumerate(example.messages) if message.role == "user")
+    message = example.messages[asked]
+    whole = replace(message, content=f"{message.content}\n\n{example.input}")
+    return replace(example, messages=(*example.messages[:asked], whole, *example.messages[asked + 1 :]), input="")
+
+
+def fits_alpaca(example: Example) -> bool:
+    """Whether Alpaca columns hold all of it: one question and one answer, after a system prompt or none."""
+    roles = [message.role for message in example.messages]
+    plain = not example.tools and not any(message.tool_calls for message in example.messages)
+    return example.form == ALPACA and plain and roles in (["user", "assistant"], ["system", "user", "assistant"])
+
+
+def free_name(name: str) -> str:
+    """A name for a column that no form reads: its own where that is free."""
+    return f"original_{name}" if name in READ_NAMES else name
 
 
 def _message_row(message: Message) -> dict[str, Any]:
@@ -293,6 +330,22 @@ def _message_row(message: Message) -> dict[str, Any]:
     if message.tool_calls:
         row["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.tool_calls)]
     return row
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects nest more than MOST_LEVELS deep."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        if not (
+            level := [
+                part
+                for inner in level
+                for part in (inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ())
+                if isinstance(part, (dict, list))
+            ]
+        ):
+            return False
+    return True
 
 
 def _json_value(text: str) -> Any:

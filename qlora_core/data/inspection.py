@@ -14,7 +14,7 @@ from qlora_core.data.detection import Detection
 from qlora_core.data.files import Watch, kind_of
 from qlora_core.data.formats import read_rows
 from qlora_core.data.limits import DEFAULT_LIMITS, Limits
-from qlora_core.data.rows import BlankLine, Example, Problem
+from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.scripts import scripts_of
 
 # Problems and duplicates that a report holds; a listing on disk holds all.
@@ -61,11 +61,11 @@ class DatasetReport:
 
     def summary(self) -> str:
         """One line: "support_tickets.jsonl · 240 rows · Alpaca columns · 0 problems · 3 duplicates"."""
-        parts = [self.file_name, _counted(self.rows, "usable row"), self.form or "no known form"]
-        parts.append(_counted(self.bad_rows, "problem"))
-        parts.append(_counted(self.duplicate_rows, "duplicate"))
+        parts = [self.file_name, counted(self.rows, "usable row"), self.form or "no known form"]
+        parts.append(counted(self.bad_rows, "problem"))
+        parts.append(counted(self.duplicate_rows, "duplicate"))
         if self.blank_lines:
-            parts.append(_counted(self.blank_lines, "blank line"))
+            parts.append(counted(self.blank_lines, "blank line"))
         if self.byte_order_mark:
             parts.append("byte-order mark skipped")
         if self.ignored_columns:
@@ -91,10 +91,6 @@ class DatasetReport:
         changed = {"detection": Detection.from_json(values["detection"]), "problems": problems, "duplicates": pairs}
         changed["problem_lines"] = array("q", (problem.line for problem in problems))
         return cls(**{name: (values | changed)[name] for name in cls.__dataclass_fields__})
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def inspect(

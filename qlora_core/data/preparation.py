@@ -12,7 +12,7 @@ KEPT, FOUND, MASKED, DROPPED, CUT = "keep", "find", "mask", "drop", "cut"
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Options):
-    """What is done to the rows, in this order. Raises ConfigError naming every wrong field at once."""
+    """What is done to the rows; steps.ORDER is its order. Raises ConfigError naming every wrong field at once."""
 
     columns: str = option("", "which columns are read: prompt=question, response=answer", group="rows")
     skip_bad_rows: bool = option(False, "leave out rows that have problems (they are listed)", group="rows")

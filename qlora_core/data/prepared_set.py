@@ -1,7 +1,9 @@
 """A prepared dataset on disk: rows as JSONL and Parquet, lineage, data card, what changed. Decides nothing about the rows."""
 
+import glob
 import hashlib
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ import orjson
 from qlora_core import architecture, token_cache
 from qlora_core.data.card import data_card
 from qlora_core.data.detection import ALPACA, MESSAGES, TEXT
-from qlora_core.data.formats import read_rows, row_of
+from qlora_core.data.formats import canonical, fits_alpaca, read_rows, row_of
 from qlora_core.data.inspection import short_digest
+from qlora_core.data.limits import Limits
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
@@ -155,6 +158,15 @@ def place_of(out: Path, version: int) -> Path:
     return out.with_name(f"{out.name}.v{version}")
 
 
+def newest(out: Path) -> PreparedSet | None:
+    """The set in `out`, or the newest of its earlier versions where `out` is gone; None where there is none."""
+    found = [out] if (out / LINEAGE).is_file() else []
+    earlier = {int(match[1]): path for path in out.parent.glob(f"{glob.escape(out.name)}.v*")
+               if (match := re.fullmatch(r".*\.v(\d+)", path.name)) and (path / LINEAGE).is_file()}  # fmt: skip
+    found += [earlier[version] for version in sorted(earlier, reverse=True)]
+    return PreparedSet.load(found[0]) if found else None
+
+
 def _examples(path: Path, settings: Settings) -> Iterator[Example]:
     return (row for row in read_rows(path, limits=settings.limits)[1] if isinstance(row, Example))
 
@@ -167,25 +179,30 @@ def write(
     *,
     told: dict[str, Any],
     previous: PreparedSet | None,
+    version: int,
+    limits: Limits,
     report: Callable[[str, int, int, str], None],
 ) -> PreparedSet:
     """Write everything into the folder; the lineage last, so that a folder with one is whole."""
     (folder / "data").mkdir()
     form = _common_form(rows.read(np.concatenate([train, evaluation])))
-    fingerprints, digests, columns = {}, [], {}
+    fingerprints, digests = {}, []
+    columns: dict[str, set[type]] = {}  # of both splits, whose Parquet files must have the same
     for split, numbers in ((TRAIN, train), (EVAL, evaluation)):
         if len(numbers):
-            written = _write_split(folder, split, rows.read(numbers), form, len(numbers), report)
-            fingerprints[split], of_split, columns[split] = written
+            written = _write_split(folder, split, rows.read(numbers), form, len(numbers), columns, limits, report)
+            fingerprints[split], of_split = written
             digests.append(of_split)
+    for split in fingerprints:
+        _write_parquet(folder / f"{split}.jsonl", folder / PARQUET[split], columns)
     everything = np.unique(np.concatenate(digests))
     np.save(folder / DIGESTS, everything)
     before = np.load(previous.folder / DIGESTS) if previous else np.zeros(0, np.uint64)
     lineage = told | {
-        "version": previous.lineage["version"] + 1 if previous else 1,
+        "version": version,
         "form": form,
         "rows": {TRAIN: len(train), EVAL: len(evaluation)},
-        "columns": columns,
+        "columns": list(columns),
         "fingerprints": fingerprints,
         "fingerprint": hashlib.sha256("".join(fingerprints.values()).encode()).hexdigest(),
         "since_last_version": previous
@@ -210,14 +227,10 @@ def write(
 
 def _common_form(examples: Iterator[Example]) -> str:
     """The form of all rows, or chat messages, which every conversation can be."""
-    forms = {TEXT if example.is_text else ALPACA if _fits_alpaca(example) else MESSAGES for example in examples}
+    forms = {TEXT if example.is_text else ALPACA if fits_alpaca(example) else MESSAGES for example in examples}
     if TEXT in forms and len(forms) > 1:
         raise DatasetError("some rows are plain text and some are conversations; prepare them apart")
     return forms.pop() if len(forms) == 1 else MESSAGES
-
-
-def _fits_alpaca(example: Example) -> bool:
-    return example.form == ALPACA and "messages" not in row_of(example, ALPACA)
 
 
 def _write_split(
@@ -226,27 +239,30 @@ def _write_split(
     examples: Iterator[Example],
     form: str,
     count: int,
+    columns: dict[str, set[type]],
+    limits: Limits,
     report: Callable[[str, int, int, str], None],
-) -> tuple[str, np.ndarray, list[str]]:
-    """(fingerprint, short digests [rows], columns) of the split."""
-    fingerprint, digests = hashlib.sha256(), array("Q")
-    columns: dict[str, set[type]] = {}
+) -> tuple[str, np.ndarray]:
+    """(fingerprint, short digests [rows]) of the split; the types of its columns are added to `columns`."""
+    fingerprint, digests, expected = hashlib.sha256(), array("Q"), array("Q")
     path = folder / f"{split}.jsonl"
     with path.open("wb") as file:
         for number, example in enumerate(examples):
             report(f"writing {split}.jsonl", number, count, "rows")
             row = row_of(example, form)
+            expected.append(short_digest(canonical(example, form)))
             for name, value in row.items():
-                columns.setdefault(name, set()).add(type(value))
+                too_large = isinstance(value, int) and abs(value) >= 2**63
+                columns.setdefault(name, set()).add(object if too_large else type(value))
             file.write(_dumped(row) + b"\n")
     # What is read again is what will be trained on, so the fingerprint is of that.
-    for row in read_rows(path)[1]:
+    for row in read_rows(path, limits=limits)[1]:
         if not isinstance(row, Example):
-            raise DatasetError(f"{split}.jsonl: cannot be read again: {row}")
+            raise DatasetError(f"{split}.jsonl: a row is not read as it was written: {row}")
         fingerprint.update(row.digest())
         digests.append(short_digest(row))
-    _write_parquet(path, folder / PARQUET[split], columns)
-    return fingerprint.hexdigest(), np.array(digests, np.uint64), list(columns)
+    assert digests == expected, "what is read is what was written"
+    return fingerprint.hexdigest(), np.array(digests, np.uint64)
 
 
 def _write_parquet(source: Path, path: Path, columns: dict[str, set[type]]) -> None:
@@ -287,7 +303,7 @@ def _cell(value: Any, field: Any) -> Any:
     kind = str(field.type)
     if kind == "string":
         return json.dumps(value, ensure_ascii=False)
-    return value if kind != "int64" or abs(value) < 2**63 else None
+    return value
 
 
 def _dumped(values: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,19 +16,20 @@ import numpy as np
 
 from qlora_core.data import prepared_set
 from qlora_core.data.detection import Detection
-from qlora_core.data.files import Watch
-from qlora_core.data.formats import detection_of, read_rows
-from qlora_core.data.hub_source import PREFIX, Fetched, HubDataset, fetch
+from qlora_core.data.files import kind_of
+from qlora_core.data.formats import detection_of, free_name, read_rows
+from qlora_core.data.hub_source import PREFIX, HubDataset, fetch, origin_of
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import NearDuplicates
 from qlora_core.data.preparation import DROPPED, KEPT, MASKED, Preparation, shares_of
-from qlora_core.data.rows import BlankLine, Example, Problem
+from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.selection import balanced, held_out
 from qlora_core.data.steps import Ledger, Row, drop_duplicates, fit, mark_toxic, mask_personal, normalise, with_columns
 from qlora_core.errors import DatasetError
 from qlora_core.settings import Settings
 
-VERSION = 1
+VERSION = 2
+LISTED = 20  # problems of a source that are named; changes.csv lists all
 # (what is being done, how far, of how much, in what); raises to end the preparation.
 Report = Callable[[str, int, int, str], None]
 
@@ -61,13 +63,14 @@ def prepare(
 
     Another preparation in that folder stays beside it as `<out>.v1` and so on. Raises DatasetError, ModelError.
     """
+    out = out.resolve()
     sources = _sources(data, settings, token, report)
     told = [VERSION, preparation.to_json(), [(source.name, source.sha256) for source in sources]]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    previous = prepared_set.PreparedSet.load(out) if (out / LINEAGE).exists() else None
-    if previous and previous.lineage["key"] == key and previous.is_whole():
+    previous = prepared_set.newest(out)
+    if previous and previous.folder == out and previous.lineage["key"] == key and previous.is_whole():
         return previous
-    if out.exists() and previous is None and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / LINEAGE).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(f"{out}: is there already and is no prepared dataset; name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}-{os.getpid()}-{secrets.token_hex(4)}.partial")
@@ -77,7 +80,7 @@ def prepare(
         made = work.run(key=key, name=out.name, previous=previous)
         # Where the rows came from on this machine, for preparing them again; it is never pushed.
         (partial / prepared_set.SOURCES).write_text(json.dumps([str(named) for named in data]))
-        if previous:
+        if previous and previous.folder == out:
             out.rename(prepared_set.place_of(out, previous.lineage["version"]))
         elif out.exists():
             out.rmdir()
@@ -88,34 +91,44 @@ def prepare(
 
 
 def _sources(data: list[str], settings: Settings, token: str | None, report: Report) -> list[Source]:
-    found, problems = [], []
+    """Each of the named files and Hub datasets as a file here. Raises DatasetError naming all that are not there."""
+    found: list[Source] = []
+    problems = [] if data else ["no data is named; name files or hub:OWNER/NAME"]
     for named in data:
-        fetched: Fetched | None = None
         try:
+            path = Path(os.path.expanduser(named))
             if named.startswith(PREFIX):
-                fetched = fetch(
+                path = fetch(
                     HubDataset.parse(named),
                     settings.home / "hub-datasets",
                     token=token,
                     limit=settings.max_rows,
                     max_bytes=settings.max_dataset_bytes,
                     progress=lambda rows, named=named: report(f"fetching {named}", rows, 0, "rows"),
-                )
-            path = fetched.path if fetched else Path(os.path.expanduser(named))
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                ).path
+            kind_of(path)
+            sha256 = _sha256(path, report)
         except DatasetError as error:
             problems += error.problems
         except OSError as error:
-            problems.append(f"{named}: {(error.strerror or str(error)).lower()}")
+            problems.append(f"{named}: cannot be read: {error.strerror or error}")
         else:
-            hub = str(fetched.source) if fetched else None
-            found.append(Source(path, path.name, sha256, fetched.license if fetched else None, hub))
-    if not data:
-        problems.append("no data is named; name files or hub:OWNER/NAME")
+            origin = origin_of(path)
+            same = sum(source.path.name == path.name for source in found)
+            name = f"{path.name} ({same + 1})" if same else path.name
+            found.append(Source(path, name, sha256, origin.get("license"), origin.get("source")))
     if problems:
         raise DatasetError(*problems)
     return found
+
+
+def _sha256(path: Path, report: Report) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            report(f"hashing {path.name}", file.tell(), size, "bytes")
+    return digest.hexdigest()
 
 
 class _Work:
@@ -131,9 +144,14 @@ class _Work:
         self.read_as: list[dict[str, Any]] = []
 
     def run(self, *, key: str, name: str, previous: prepared_set.PreparedSet | None) -> prepared_set.PreparedSet:
+        before = [source.path.stat() for source in self.sources]
         with self.ledger:
+            self._check()
             rows = self._write_working_file()
             train, evaluation = self._select(rows)
+        for source, stat in zip(self.sources, before, strict=True):
+            if (now := source.path.stat()).st_mtime_ns != stat.st_mtime_ns or now.st_size != stat.st_size:
+                raise DatasetError(f"{source.name}: was changed while it was read; prepare it again")
         if not len(train):
             raise DatasetError("nothing is left to train on", *self.ledger.told())
         license_ = self.preparation.license or _common([source.license for source in self.sources])
@@ -151,6 +169,8 @@ class _Work:
                 "license": license_,
             },
             previous=previous,
+            version=previous.lineage["version"] + 1 if previous else 1,
+            limits=self.settings.limits,
             report=self.report,
         )
         rows.remove()
@@ -158,53 +178,91 @@ class _Work:
             made.tokenise(self.preparation.base_model, self.preparation.template, self.settings, self.report)
         return made
 
+    def _check(self) -> None:
+        """Everything that is wrong with any source, before hours of work. Raises DatasetError."""
+        problems: list[str] = []
+        for source in self.sources:
+            try:
+                detection, rows = self._read_source(source, "checking")
+            except DatasetError as error:
+                problems += error.problems
+                continue
+            if self.preparation.skip_bad_rows:
+                continue
+            bad, listed = 0, []
+            for row in rows:
+                if isinstance(row, Problem):
+                    bad += 1
+                    if len(listed) < LISTED:
+                        listed.append(f"{source.name} {row}")
+            if bad:
+                problems.append(
+                    f"{source.name}: {counted(bad, 'row')} cannot be used ({detection.reason}); mend them, or leave them out "
+                    "with skip_bad_rows"
+                )
+                problems += listed
+        if problems:
+            raise DatasetError(*problems)
+
     def _read(self) -> Iterator[Row]:
         """All usable rows of all sources, in order."""
-        begun = self.ledger.step("read", {})
+        begun = self.ledger.step("read", Counter())
         several = len(self.sources) > 1
         for number, source in enumerate(self.sources):
-
-            def watch(done: int, total: int, source: Source = source) -> None:
-                self.report(f"reading {source.name}", done, total, "bytes")
-
-            detection, rows = self._read_source(source.path, watch)
+            detection, rows = self._read_source(source, "reading")
             told = {"form": detection.form or "unknown", "read_as": detection.reason, "rows": 0, "left_out": 0}
             self.read_as.append(told)
-            problems: list[str] = []
             for row in rows:
                 if isinstance(row, BlankLine):
-                    begun["blank lines"] = begun.get("blank lines", 0) + 1
+                    begun["blank lines"] += 1
                 elif isinstance(row, Problem):
                     told["left_out"] += 1
-                    begun["rows left out that have problems"] = begun.get("rows left out that have problems", 0) + 1
+                    begun["rows left out that have problems"] += 1
                     self.ledger.change("read", number, row.line, f"left out: {row.message}")
-                    if len(problems) < 20:
-                        problems.append(f"{source.name} {row}")
                 else:
-                    begun["rows"] = begun.get("rows", 0) + 1
+                    begun["rows"] += 1
                     if begun["rows"] > self.settings.max_rows:
-                        raise DatasetError(f"more than {self.settings.max_rows:,} rows (QLORA_LAB_MAX_ROWS)")
+                        raise DatasetError(
+                            f"{source.name}: with it there are more than {self.settings.max_rows:,} rows; prepare fewer, or "
+                            "raise QLORA_LAB_MAX_ROWS"
+                        )
                     told["rows"] += 1
-                    if several and "source" not in row.columns:
-                        row = replace(row, columns=row.columns | {"source": source.name})
-                    yield Row(row, number)
-            if told["left_out"] and not self.preparation.skip_bad_rows:
-                raise DatasetError(
-                    f"{source.name}: {told['left_out']:,} rows have problems; mend them, or leave them out with skip_bad_rows "
-                    f"({detection.reason})",
-                    *problems,
-                )
+                    columns = self._columns(row, begun)
+                    if several:
+                        columns.setdefault("source", source.name)
+                    yield Row(replace(row, columns=columns), number)
 
-    def _read_source(self, path: Path, watch: Watch) -> tuple[Detection, Iterator[Example | Problem | BlankLine]]:
+    def _columns(self, row: Example, begun: Counter[str]) -> dict[str, Any]:
+        """The row's other columns as they are written: under names that nothing reads, without what stood in messages."""
+        columns = {}
+        for name, value in row.columns.items():
+            if name.endswith((" of messages", " of tool calls")):
+                begun[f"left out: {name}"] += 1
+                continue
+            free = free_name(name)
+            if free != name:
+                begun[f"column {name} is now {free}"] += 1
+            columns[free] = value
+        return columns
+
+    def _read_source(self, source: Source, doing: str) -> tuple[Detection, Iterator[Example | Problem | BlankLine]]:
         """Where there are several files, the chosen columns are those of files in no known form."""
+
+        def watch(done: int, total: int) -> None:
+            self.report(f"{doing} {source.name}", done, total, "bytes")
+
         columns, limits = self.preparation.columns, self.settings.limits
-        if columns and len(self.sources) > 1 and detection_of(path, limits).form:
+        if columns and len(self.sources) > 1 and detection_of(source.path, limits).form:
             columns = ""
-        detection, rows = read_rows(path, limits=limits, columns=columns, watch=watch)
+        try:
+            detection, rows = read_rows(source.path, limits=limits, columns=columns, watch=watch)
+        except DatasetError as error:
+            named = (p if p.startswith(source.path.name) else f"{source.name}: {p}" for p in error.problems)
+            raise DatasetError(*named) from None
         if detection.form is None and detection.seen:
             likely = ", ".join(f"{role}={name}" for role, name in detection.proposal.items())
             raise DatasetError(
-                f"{path.name}: {detection.reason}; say which column is what (columns: {likely or 'prompt=…, response=…'})"
+                f"{source.name}: {detection.reason}; say which column is what (columns: {likely or 'prompt=…, response=…'})"
             )
         return detection, rows
 

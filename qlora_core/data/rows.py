@@ -131,6 +131,11 @@ class Unusable(Exception):
     """Carries (kind, message) of a Problem from the depth of a check to the row it belongs to."""
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def json_type(value: Any) -> str:
     names = {bool: "boolean", str: "string", list: "array", dict: "object", type(None): "null"}
     return names.get(type(value), "number")
@@ -153,6 +158,9 @@ def _changed_json(text: str, change: Callable[[str], str]) -> str:
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
+    if isinstance(value, int) and not isinstance(value, bool):  # a card number may be written as one
+        changed = change(str(value))
+        return value if changed == str(value) else changed
     if isinstance(value, dict):
         return {name: _changed(part, change) for name, part in value.items()}
     return [_changed(part, change) for part in value] if isinstance(value, list) else value

@@ -25,7 +25,7 @@ def balanced(
     total = min(counts[value] / share for value, share in shares.items())
     # A hair above, so that 30 % of 100 rows, which floats make 29.999…, are 30.
     wanted = {value: min(counts[value], int(total * share + 1e-6)) for value, share in shares.items()}
-    of_value = np.array(values, dtype=object)
+    of_value = np.array(values)
     chosen = [random.choice(rows[of_value == value], count, replace=False) for value, count in wanted.items()]
     return rows[np.isin(rows, np.concatenate(chosen))], Counter(wanted)
 
@@ -46,15 +46,17 @@ def held_out(
     if strata is None:
         chosen[random.choice(len(first), wanted, replace=False)] = True
     else:
-        of_group = np.array(_bands(strata), dtype=object)[first]
-        exact = {value: count * wanted / len(first) for value, count in Counter(of_group.tolist()).items()}
-        counts = {value: int(share) for value, share in exact.items()}
+        _, stratum = np.unique(np.array(_bands(strata))[first], return_inverse=True)
+        sizes = np.bincount(stratum)
+        exact = sizes * wanted / len(first)
+        counts = exact.astype(int)
         # What rounding down leaves goes to the strata that lost most by it.
-        by_loss = sorted(exact, key=lambda value: (counts[value] - exact[value], value))
-        for value in by_loss[: wanted - sum(counts.values())]:
-            counts[value] += 1
-        for value, count in counts.items():
-            chosen[random.choice(np.flatnonzero(of_group == value), count, replace=False)] = True
+        counts[np.argsort(counts - exact, kind="stable")[: wanted - counts.sum()]] += 1
+        for members, count in zip(
+            np.split(np.argsort(stratum, kind="stable"), np.cumsum(sizes)[:-1]), counts, strict=True
+        ):
+            if count:
+                chosen[random.choice(members, count, replace=False)] = True
     return chosen[group]
 
 
@@ -67,4 +69,5 @@ def _bands(values: Sequence[str]) -> list[str]:
     except ValueError:
         return list(values)
     edges = np.nanquantile(numbers, [0.25, 0.5, 0.75])
-    return [f"quarter {quarter + 1}" for quarter in np.searchsorted(edges, numbers, side="right")]
+    quarters = np.searchsorted(edges, numbers, side="right")
+    return [f"quarter {quarter + 1}" if value else "" for quarter, value in zip(quarters, values, strict=True)]

@@ -4,7 +4,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qlora_core.data.limits import Limits, file_too_large, rest_of_line, too_large
 from qlora_core.data.rows import ROW, BlankLine, Problem, Record, Records
@@ -15,7 +15,7 @@ PARQUET_BATCH = 256
 
 def delimiter_of(text: bytes) -> str:
     """The one that parts the header: commas, or what spreadsheets write where a comma is a decimal point."""
-    header = text.splitlines()[0].decode(errors="replace") if text else ""
+    header = re.sub(r'"[^"]*"', "", text.splitlines()[0].decode(errors="replace")) if text else ""
     return max(",;\t|", key=lambda mark: (header.count(mark), mark == ","))
 
 
@@ -50,15 +50,17 @@ class _TableLines:
 def table_records(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> Records:
     lines = _TableLines(file, limits.row_bytes)
     csv.field_size_limit(limits.row_bytes)
-    reader = csv.reader(iter(lines), delimiter=delimiter)
+    # Strict, or a quote that is not closed would swallow the rows after it without a word.
+    reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
     try:
         header = [cell.strip() for cell in next(row for row in reader if any(cell.strip() for cell in row))]
     except (csv.Error, StopIteration) as error:
         raise DatasetError(f"{name}: its header cannot be read ({error or 'there is none'})") from None
+    if problem := lines.of_row()[1]:
+        raise DatasetError(f"{name}: its header cannot be read: {problem}")
     header = [cell or f"column {number}" for number, cell in enumerate(header, 1)]
     if twice := [cell for cell, count in Counter(header).items() if count > 1]:
         raise DatasetError(f"{name}: the header names {', '.join(map(repr, twice[:6]))} more than once; rename one")
-    lines.of_row()
     while True:
         line = lines.number + 1
         try:
@@ -67,9 +69,9 @@ def table_records(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> 
             return
         except csv.Error as error:
             lines.of_row()
-            yield Problem(
-                line, "not a table row", f"cannot be read as {len(header)} cells: {error}; is a quote unclosed?"
-            )
+            reached = f", up to line {lines.number:,}," if lines.number > line else ""
+            told = f"cannot be read{reached} as {len(header)} cells: {error}; is a quote unclosed, or not doubled?"
+            yield Problem(line, "not a table row", told)
             continue
         size, problem = lines.of_row()
         if size > limits.row_bytes + 2:
@@ -108,16 +110,37 @@ def parquet_records(file: BinaryIO, name: str, limits: Limits) -> Records:
             unpacked += batch.nbytes
             for values in batch.to_pylist():
                 row += 1
-                size = sum(len(value) for value in values.values() if isinstance(value, (str, bytes)))
+                size = _size(values)
                 unpacked += size
                 if unpacked > 2 * limits.file_bytes:  # each row was counted in its batch, too
                     raise too_much
                 if size > limits.row_bytes:
                     yield Problem(row, "row too large", too_large(size, limits.row_bytes), ROW)
                 else:
-                    yield Record(row, values, size)
-    except (pa.ArrowException, OSError, ValueError) as error:
+                    yield Record(row, {name: _plain(value) for name, value in values.items()}, size)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         yield Problem(row + 1, "damaged file", f"the file cannot be read from here on: {_one_line(error)}", ROW)
+
+
+def _size(value: Any) -> int:
+    """About how many bytes of text the value holds."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8
+
+
+def _plain(value: Any) -> Any:
+    """The value without what JSON has no word for: bytes become text where they are some, else how many there are."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return f"({len(value):,} bytes)"
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _one_line(error: Exception) -> str:

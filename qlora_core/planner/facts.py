@@ -110,7 +110,3 @@ def rough_bytes(facts: Facts) -> int:
     activations = stored if config.activation_checkpointing else a_layer * shape.layer_count
     logits = 10 * shape.vocabulary * tokens * 0.5  # about half of the tokens are learnt, and only theirs are made
     return round(LIBRARIES_BYTES + weights + BYTES_A_TRAINABLE * facts.trainable + activations + logits)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

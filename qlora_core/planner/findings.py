@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_core import targets
-from qlora_core.planner.facts import GIB, USABLE, Facts, counted, learning_rate_for, length_for, rank_for, rough_bytes
+from qlora_core.data.rows import counted
+from qlora_core.planner.facts import GIB, USABLE, Facts, learning_rate_for, length_for, rank_for, rough_bytes
 from qlora_core.scores import wilson_interval
 
 STOP, WARN, NOTE = "stop", "warn", "note"

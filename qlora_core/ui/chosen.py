@@ -10,9 +10,9 @@ from qlora_core.data.hub_source import origin_of
 from qlora_core.data.inspected import Inspected, inspect_into
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.data.rows import counted
 from qlora_core.errors import DatasetError
 from qlora_core.settings import Settings
-from qlora_core.ui.words import counted
 
 
 @dataclass(frozen=True)

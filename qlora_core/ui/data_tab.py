@@ -14,6 +14,7 @@ from qlora_core.data.files import SUFFIXES
 from qlora_core.data.formats import detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
 from qlora_core.data.near_duplicates import LOWEST
+from qlora_core.data.rows import counted
 from qlora_core.errors import DatasetError, LabError
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
@@ -23,7 +24,7 @@ from qlora_core.ui.preparing import PreparePanel, merge_job
 from qlora_core.ui.progress import progress_html
 from qlora_core.ui.rows_view import RowsView
 from qlora_core.ui.uploads import keep_upload
-from qlora_core.ui.words import counted, esc, hint, problems_panel, waiting
+from qlora_core.ui.words import esc, hint, problems_panel, waiting
 
 # Larger files are looked at by a process of their own, with progress; smaller ones are done before it would have started.
 LARGE_BYTES = 30_000_000

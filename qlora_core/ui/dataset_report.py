@@ -10,9 +10,10 @@ from qlora_core.data.hub_source import origin_of
 from qlora_core.data.inspected import DUPLICATES, PROBLEMS, Inspected
 from qlora_core.data.inspection import DatasetReport
 from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.data.rows import counted
 from qlora_core.settings import Settings
 from qlora_core.ui.chosen import Chosen
-from qlora_core.ui.words import counted, esc, facts, size
+from qlora_core.ui.words import esc, facts, size
 
 LISTED = 200
 

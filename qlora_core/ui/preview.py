@@ -11,13 +11,13 @@ import numpy as np
 
 from qlora_core import architecture, models, templates
 from qlora_core.data.inspected import Inspected
-from qlora_core.data.rows import Example
+from qlora_core.data.rows import Example, counted
 from qlora_core.data.sample import SAMPLED_ROWS, RowFacts, sample
 from qlora_core.errors import LabError, ModelError
 from qlora_core.settings import Settings
 from qlora_core.tokens import ALL_RESPONSES, RenderedExample, load_tokenizer, render
 from qlora_core.ui.chosen import Chosen, rows_of
-from qlora_core.ui.words import counted, esc
+from qlora_core.ui.words import esc
 
 SHOWN_TOKENS = 1500
 

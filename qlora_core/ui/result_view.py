@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from qlora_core.data.rows import counted
 from qlora_core.run_status import QUEUED, RUNNING, RunStatus
 from qlora_core.runs import Run
-from qlora_core.ui.words import counted, empty, esc, facts, loss, seconds, share, size
+from qlora_core.ui.words import empty, esc, facts, loss, seconds, share, size
 
 
 def result_html(run: Run, status: RunStatus) -> str:

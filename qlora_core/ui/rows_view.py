@@ -7,6 +7,7 @@ import gradio as gr
 
 from qlora_core.charts import LENGTHS_HEIGHT, length_histogram
 from qlora_core.config import TEMPLATES, TrainConfig
+from qlora_core.data.rows import counted
 from qlora_core.data.sample import UNCUT
 from qlora_core.errors import LabError
 from qlora_core.settings import Settings
@@ -14,7 +15,7 @@ from qlora_core.ui import form, preview
 from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.plots import plot
 from qlora_core.ui.preview import How
-from qlora_core.ui.words import counted, esc, hint, problems_panel, waiting
+from qlora_core.ui.words import esc, hint, problems_panel, waiting
 
 SEARCH_SECONDS = 20
 OWN = "own"

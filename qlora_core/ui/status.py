@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from qlora_core import devices
+from qlora_core.data.rows import counted
 from qlora_core.run_status import QUEUED, RUNNING, RunStatus
-from qlora_core.ui.words import counted, duration, esc, size
+from qlora_core.ui.words import duration, esc, size
 
 
 def status_html(statuses: Sequence[RunStatus]) -> str:

@@ -8,6 +8,7 @@ import gradio as gr
 
 from qlora_core import queue, targets
 from qlora_core.config import TrainConfig
+from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.planner.findings import STOP, findings
 from qlora_core.planner.recommendation import recommend
@@ -17,7 +18,7 @@ from qlora_core.ui import advice, form, saved_settings
 from qlora_core.ui.advice import Advice, Looked
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.preview import How
-from qlora_core.ui.words import METHOD_NAMES, counted, esc, problems_panel
+from qlora_core.ui.words import METHOD_NAMES, esc, problems_panel
 
 LOOKING = "Looking at the rows and at the model’s layers …"
 # As high as what the card ever holds, so that it does not grow.

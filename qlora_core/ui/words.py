@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_core import events
 from qlora_core.config import TrainConfig
+from qlora_core.data.rows import counted
 from qlora_core.devices import GIB
 from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.scores import wilson_interval
@@ -62,10 +63,6 @@ def clock(stamp: float) -> str:
     """Time of day; with the date when it was not today."""
     then, now = time.localtime(stamp), time.localtime()
     return time.strftime("%H:%M:%S" if then[:3] == now[:3] else "%d %b %H:%M", then)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def memory(status: RunStatus) -> str:

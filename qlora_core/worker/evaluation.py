@@ -108,7 +108,9 @@ def generate(
 
             report(answered, len(prompts))
             try:
-                found = _greedy(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, device, on_token, taught)
+                found = _greedy(
+                    model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, device, on_token, taught
+                )
             except torch.OutOfMemoryError:
                 if len(chosen) == 1:
                     raise
