@@ -50,7 +50,7 @@ class Ledger:
     @property
     def steps(self) -> dict[str, dict[str, Any]]:
         """The counts of every step that was taken, in the order of the steps."""
-        return {name: self._steps[name] for name in ORDER if name in self._steps}
+        return {name: dict(self._steps[name]) for name in ORDER if name in self._steps}
 
     def change(self, step: str, source: int, line: int, what: str) -> None:
         self._listing.add(step, self.names[source], line, what)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_core import config
+from qlora_core.data.rows import counted
 from qlora_core.planner.facts import (
     GIB,
     NF4_BYTES,
     USABLE,
     Facts,
-    counted,
     learning_rate_for,
     length_for,
     rank_for,
