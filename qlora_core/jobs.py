@@ -80,12 +80,15 @@ class Job:
 
     def cancel(self) -> None:
         """Ask it to end; what it has half made is removed by itself."""
-        (self.folder / "cancel").touch()
+        with suppress(OSError):
+            (self.folder / "cancel").touch()
         with suppress(OSError, ValueError, ProcessLookupError):
             if self._is_alive():
                 os.kill(int((self.folder / "lock").read_text()), signal.SIGTERM)
 
     def _is_alive(self) -> bool:
+        if not (self.folder / "lock").exists():
+            return False
         with lock(self.folder / "lock", shared=True) as descriptor:
             return descriptor is None
 
@@ -107,29 +110,35 @@ def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = 
 
     `again` repeats one that is done. A secret goes through a pipe: it is in no file, argument or environment.
     """
-    folder = settings.home / "jobs" / hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:24]
-    job = Job(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Who may not see what another's secret opens does not join their job.
+    told = [*arguments, hashlib.sha256(secret.encode()).hexdigest() if secret else ""]
+    folder = settings.home / "jobs" / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    job, fresh = Job(folder), folder.with_name(f".{secrets.token_hex(8)}")
     with lock(folder.parent / ".lock", wait=True):
         found = job.progress()
         if found and (found.state == RUNNING or (found.state == DONE and not again)):
             return job
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / "arguments.json").write_text(json.dumps(list(arguments)))
-        _write(folder / "progress.json", Progress(RUNNING, "starting"))
-        with lock(folder / "lock") as descriptor, (folder / "log.txt").open("ab") as log:
-            assert descriptor is not None, "the folder is new"
-            process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_core", *arguments, *(["--token-from-stdin"] if secret else [])],
-                env=_environment(settings, folder),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # The child inherits the lock: it is free when the process has ended, however it ends.
-                pass_fds=(descriptor,),
-            )
+        # Made beside and renamed, already locked: whoever looks sees the old job or the new one, never half of one.
+        fresh.mkdir()
+        (fresh / "arguments.json").write_text(json.dumps(list(arguments)))
+        _write(fresh / "progress.json", Progress(RUNNING, "starting"))
+        with lock(fresh / "lock") as descriptor:
+            assert descriptor is not None, "nobody else knows of the folder"
+            if folder.exists():
+                folder.rename(old := fresh.with_name(f"{fresh.name}.old"))
+                shutil.rmtree(old, ignore_errors=True)
+            fresh.rename(folder)
+            with (folder / "log.txt").open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "qlora_core", *arguments, *(["--token-from-stdin"] if secret else [])],
+                    env=_environment(settings, folder),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    # The child inherits the lock: it is free when the process has ended, however it ends.
+                    pass_fds=(descriptor,),
+                )
             os.write(descriptor, str(process.pid).encode())
         assert process.stdin is not None
         with process.stdin, suppress(BrokenPipeError):
@@ -162,6 +171,8 @@ class Reporter:
             signal.signal(signal.SIGTERM, _raise_cancelled)
 
     def __call__(self, doing: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+        if self._folder and (self._folder / "cancel").exists():  # asked before the signal could be caught
+            raise Cancelled("cancelled")
         now = time.monotonic()
         if now - self._last < SAY_EVERY_SECONDS and done < total:
             return

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from qlora_core.settings import Settings
 from qlora_core.tokens import ALL_RESPONSES, Refused, render_many
 
 # Changes with what `tokens.render_many` makes of a row.
-VERSION = 1
+VERSION = 2
 REPORT_EVERY = 500
 
 
@@ -71,7 +72,7 @@ def make_table(
     """Render every example. `report(rows so far)` may raise to end it."""
     ids, learnt, lengths, lines, ends, refused = [], [], [0], [], [], []
     for number, row in enumerate(render_many(examples, tokenizer, loss_on=loss_on)):
-        if report and number % REPORT_EVERY == 0:
+        if report and number and number % REPORT_EVERY == 0:
             report(number)
         if isinstance(row, Refused):
             refused.append(row)
@@ -98,10 +99,15 @@ def table(
     settings: Settings,
     *,
     loss_on: str = ALL_RESPONSES,
+    lines: str = "",
     report: Callable[[int], None] | None = None,
 ) -> TokenTable:
-    """The table of rows with this fingerprint: from disk where it is there, else made from `examples()` and kept."""
-    folder = settings.home / "tokens" / key_of(rows_fingerprint, tokenizer_fingerprint(tokenizer), loss_on)
+    """The table of rows with this fingerprint: from disk where it is there, else made from `examples()` and kept.
+
+    `lines` stands for their line numbers, which a fingerprint does not tell; empty for 1, 2, 3 and so on.
+    """
+    key = key_of(rows_fingerprint + lines, tokenizer_fingerprint(tokenizer), loss_on)
+    folder = settings.home / "tokens" / key
     found = _load(folder)
     if found is None:
         found = make_table(examples(), tokenizer, loss_on=loss_on, report=report)
@@ -116,7 +122,10 @@ def key_of(rows_fingerprint: str, tokenizer: str, loss_on: str) -> str:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over all that decides what tokens a row gets: vocabulary, rules, special tokens and template."""
-    told = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or templates.ALPACA]
+    template = tokenizer.chat_template or templates.ALPACA
+    # A template that writes today's date writes another one tomorrow.
+    dated = time.strftime("%Y-%m-%d") if "strftime_now" in template else ""
+    told = [tokenizer.backend_tokenizer.to_str(), template, dated]
     return hashlib.sha256(json.dumps([*told, tokenizer.special_tokens_map], default=str).encode()).hexdigest()
 
 
@@ -127,7 +136,7 @@ def _load(folder: Path) -> TokenTable | None:
     try:
         refused = json.loads((folder / "refused.json").read_text())
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
-    except (OSError, ValueError):  # not there, or damaged
+    except (OSError, ValueError, EOFError):  # not there, or damaged
         return None
     return TokenTable(*arrays, tuple(Refused(**row) for row in refused))
 
@@ -141,7 +150,7 @@ def _keep(table: TokenTable, folder: Path) -> None:
         for name in _ARRAYS:
             np.save(partial / f"{name}.npy", getattr(table, name))
         (partial / "refused.json").write_text(json.dumps([vars(row) for row in table.refused]))
-        if not folder.exists():
-            partial.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been read
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

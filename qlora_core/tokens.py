@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from qlora_core import templates
 from qlora_core.data.rows import Example, Message
@@ -223,17 +222,17 @@ def _text_and_responses(example: Example, tokenizer: Any) -> tuple[str, list[tup
         # not learnt. The last response always can, or the template is unusable for training.
         if text.startswith(after) and after.startswith(before):
             responses.append((len(before), len(after)))
+            _check_written(example, message, after[len(before) :], tokenizer)
     last = _last_response(example)
     if not responses or (responses[-1][1] < len(text.rstrip()) and last == count - 1):
         raise DatasetError(
             f"line {example.line}: the chat template does not show where a response begins; choose another template"
         )
-    for name in _called(example):
-        if name not in text:
-            raise DatasetError(
-                f"line {example.line}: the chat template leaves out the call of the tool {name!r}; choose a template that "
-                "writes tool_calls, or put the call into the content"
-            )
+    if unsaid := [name for name in _tool_names(example) if name not in text]:
+        raise DatasetError(
+            f"line {example.line}: the chat template leaves out the tool {unsaid[0]!r}; choose a template that writes tools, or "
+            "read the conversation alone (columns: messages=…)"
+        )
     begin, end = responses[-1]
     if last == count - 1 and not _ends_with_special(text[begin:end], tokenizer):
         text = text[:end] + tokenizer.eos_token
@@ -241,10 +240,28 @@ def _text_and_responses(example: Example, tokenizer: Any) -> tuple[str, list[tup
     return text, responses
 
 
-def _called(example: Example) -> list[str]:
-    return [
-        call["name"] for message in example.messages if message.tool_calls for call in json.loads(message.tool_calls)
-    ]
+def _check_written(example: Example, message: Message, response: str, tokenizer: Any) -> None:
+    """Raises DatasetError where the template leaves a response, or the calls in it, out of what it writes."""
+    called = [call["name"] for call in json.loads(message.tool_calls)] if message.tool_calls else []
+    if unsaid := [name for name in called if name not in response]:
+        raise DatasetError(
+            f"line {example.line}: the chat template leaves out the call of the tool {unsaid[0]!r}; choose a template that "
+            "writes tool_calls, or put the call into the content"
+        )
+    for token in tokenizer.added_tokens_decoder.values():
+        response = response.replace(str(token), "")
+    if message.content.strip() and not response.strip():
+        raise DatasetError(
+            f"line {example.line}: the chat template leaves the response out, so there is nothing to learn; choose another"
+        )
+
+
+def _tool_names(example: Example) -> list[str]:
+    """Names of the tools that the conversation may call, in OpenAI's form or plain."""
+    if not example.tools:
+        return []
+    tools = [tool.get("function", tool) for tool in json.loads(example.tools)]
+    return [tool["name"] for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:
@@ -272,7 +289,7 @@ def _chat(example: Example, count: int, tokenizer: Any, generation_prompt: bool)
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
         )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+    except Exception as error:  # a template is a program that anybody may have written
         raise DatasetError(
             f"line {example.line}: the chat template refuses the row: {templates.error_text(error)}"
         ) from None

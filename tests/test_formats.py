@@ -253,5 +253,10 @@ def test_a_template_that_leaves_a_tool_call_out_refuses_the_row(tmp_path: Path) 
         "{{ message.content }}<|im_end|>",
         "{{ message.content }}{% for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}<|im_end|>",
     )
+    asked = (Message("user", "Is the weather a tool?"), Message("assistant", "", calling[1].tool_calls))
+    with pytest.raises(DatasetError, match="leaves out the call of the tool 'weather'"):
+        render(Example(1, asked), silent)  # that the prompt has the word says nothing of the call
+    with pytest.raises(DatasetError, match="leaves out the tool 'weather'"):
+        render(Example(1, (Message("user", "Hi"), Message("assistant", "No.")), tools=json.dumps([WEATHER])), silent)
     rendered = render(Example(1, calling), load_tokenizer(tokenizer_folder(tmp_path / "writes", chat_template=writes)))
     assert '{"name": "weather", "arguments": {}}' in rendered.text

@@ -223,7 +223,8 @@ def test_public_dataset_comes_as_rows_with_commit_configuration_split_and_licenc
     assert (source.config, source.split, len(source.revision or "")) == ("default", "train", 40)
     assert (found["license"], found["truncated"], found["rows"]) == ("mit", False, 250)
     assert found["progress"] == [100, 200, 250]
-    assert found["files"] == ["alice--plain--default--train.jsonl", "alice--plain--default--train.origin.json"]
+    name = f"alice--plain--default--train--{source.revision[:8]}"
+    assert found["files"] == [f"{name}.jsonl", f"{name}.origin.json"]
 
 
 def test_limit_says_whether_there_is_more(fetched: Answers) -> None:

@@ -100,6 +100,13 @@ def test_a_template_that_does_not_parse_names_its_line(folder: Path, template: s
         ("{{ messages }}{{ ''.__class__.__base__ }}{{ cycler.__init__.__globals__.os.popen('id').read() }}", "refuses"),
         ("{{ messages.append(1) }}", "refuses"),
         ("{% for i in range(10000000) %}{{ messages }}{% endfor %}", "refuses"),
+        ("{{ messages | dictsort }}", "refuses"),
+        ("{{ messages }}{{ cycler() }}", "refuses"),
+        # It learns where nothing is said.
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves the response out",
+        ),
     ],
 )
 def test_a_template_that_fails_on_a_row_says_where_and_reaches_nothing(folder: Path, template: str, says: str) -> None:

@@ -112,7 +112,7 @@ def fetch(
     stream, left_out = reading.stream(builder, split)
     taken = replace(source, config=builder.config.name, split=split, revision=info.sha)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _file_name(taken)
+    path = folder / _file_name(taken, limit)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         rows, truncated = _write(partial, reading.rows(stream), source, limit, max_bytes, progress)
@@ -413,8 +413,15 @@ def _json_value(value: Any) -> Any:
     raise TypeError(f"a value of the type {type(value).__name__}")
 
 
-def _file_name(source: HubDataset) -> str:
-    parts = (*source.repo_id.split("/"), source.config or "default", source.split or "train")
+def _file_name(source: HubDataset, limit: int | None) -> str:
+    """Another revision, or more rows, is another file: nobody's rows change under them."""
+    parts = [
+        *source.repo_id.split("/"),
+        source.config or "default",
+        source.split or "train",
+        (source.revision or "")[:8],
+    ]
+    parts += [f"first{limit}"] if limit else []
     name = "--".join(re.sub(r"[^A-Za-z0-9_.-]", "_", part) for part in parts)
     # File systems allow 255 bytes, of which the partial file's ending needs some.
     return f"{name}.jsonl" if len(name) <= 200 else f"{name[:180]}-{sha256(name.encode()).hexdigest()[:16]}.jsonl"

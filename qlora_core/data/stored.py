@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,7 +25,8 @@ LISTED = 20  # problems named in an error; `inspect` lists all
 
 @dataclass(frozen=True)
 class StoredDataset:
-    """What the run trains and evaluates on. Fingerprints are SHA-256 over the canonical rows in order."""
+    """What the run trains and evaluates on. Fingerprints are SHA-256 over the canonical rows in order; `train_lines` and
+    `eval_lines` over their line numbers, empty where those are 1, 2, 3 and so on."""
 
     file_name: str
     form: str
@@ -38,6 +40,8 @@ class StoredDataset:
     eval_fingerprint: str
     eval_source: str
     origin: dict[str, Any] = field(default_factory=dict)
+    train_lines: str = ""
+    eval_lines: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> "StoredDataset":
@@ -102,6 +106,8 @@ def store(located: Located, folder: Path, *, limits: Limits, max_rows: int) -> S
         eval_fingerprint=held_out.fingerprint,
         eval_source=eval_source,
         origin=located.origin,
+        train_lines=train.lines,
+        eval_lines=held_out.lines,
     )
     (folder / "dataset.json").write_bytes(orjson.dumps(asdict(stored), option=orjson.OPT_INDENT_2))
     return stored
@@ -156,6 +162,7 @@ def _held_out(source: _Source, report: DatasetReport, config: TrainConfig) -> se
 class _Written:
     fingerprint: str
     each: tuple[bytes, ...]
+    lines: str
 
     @property
     def rows(self) -> int:
@@ -168,13 +175,15 @@ class _Written:
 
 def _write(path: Path, examples: Iterator[Example]) -> _Written:
     """Write the rows; returns their fingerprint and eight bytes of the digest of each."""
-    fingerprint, each = hashlib.sha256(), []
+    fingerprint, each, lines = hashlib.sha256(), [], array("q")
     with path.open("wb") as file:
         for example in examples:
             digest = example.digest()
             fingerprint.update(digest)
             each.append(digest[:8])
+            lines.append(example.line)
             file.write(orjson.dumps(example.to_json(), option=orjson.OPT_APPEND_NEWLINE))
         file.flush()
         os.fsync(file.fileno())
-    return _Written(fingerprint.hexdigest(), tuple(each))
+    counted_up = lines == array("q", range(1, len(lines) + 1))
+    return _Written(fingerprint.hexdigest(), tuple(each), "" if counted_up else hashlib.sha256(lines).hexdigest())

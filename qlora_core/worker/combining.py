@@ -37,7 +37,7 @@ class Combination(Training):
         try:
             self.tokenizer = load_tokenizer(self.base.folder, self.config.template)
             self.phase("reading the dataset")
-            self.rows = read_rows(self.run, self.tokenizer)
+            self.rows = read_rows(self.run, self.tokenizer, check=self.check_stop)
             for remark in self.run.dataset().remarks():
                 self.say(events.Note(text=remark))
             self.load_parts()

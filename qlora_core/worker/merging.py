@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 
 from qlora_core.config import replace
+from qlora_core.data.rows import Example, Message
+from qlora_core.errors import DatasetError
 from qlora_core.merging import folder_of, is_current
 from qlora_core.runs import Run
 from qlora_core.settings import Settings
-from qlora_core.tokens import load_tokenizer
+from qlora_core.tokens import end_token, load_tokenizer
 from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.loading import load_base
 
@@ -54,13 +56,27 @@ def export_nf4(run: Run, onto: str) -> Path:
 def _save(run: Run, model: Any, folder: Path) -> Path:
     """The folder is replaced as a whole."""
     model.config.use_cache = True
+    tokenizer = load_tokenizer(run.adapter)
+    _teach_end(model, tokenizer)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, safe_serialization=True, max_shard_size="4GB")
-    load_tokenizer(run.adapter).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return folder
+
+
+def _teach_end(model: Any, tokenizer: Any) -> None:
+    """Generation stops at what ends a response in the template that was trained with, and at what ended it before."""
+    try:
+        taught = end_token(Example(1, (Message("user", "a"), Message("assistant", "b"))), tokenizer)
+    except DatasetError:  # a template for conversations of another kind
+        return
+    own = model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if taught is not None and taught not in ends:
+        model.generation_config.eos_token_id = [taught, *ends]
 
 
 if __name__ == "__main__":

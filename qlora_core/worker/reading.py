@@ -1,5 +1,6 @@
 """A run's stored dataset -> the rows that its steps and evaluations read, or what is wrong with them. Loads no weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,29 +39,45 @@ class _File:
     cut: int
     left_out: tuple[int, ...]
     longest: int
+    refused: frozenset[int]
 
 
-def read_rows(run: Run, tokenizer: Any) -> Rows:
-    """Every row as tokens. Raises DatasetError when nothing in the file would be learnt, or a row does not fit the model."""
+def read_rows(run: Run, tokenizer: Any, *, check: Callable[[int], None] | None = None) -> Rows:
+    """Every row as tokens; `check(rows so far)` may raise to end it.
+
+    Raises DatasetError when nothing in the file would be learnt, or a row does not fit the model.
+    """
     folder, config, dataset = run.path / "dataset", run.config(), run.dataset()
-    train = _read(folder / "train.jsonl", dataset.train_fingerprint, tokenizer, run)
-    evaluation = _read(folder / "eval.jsonl", dataset.eval_fingerprint, tokenizer, run)
+    train = _read(folder / "train.jsonl", dataset.train_fingerprint, dataset.train_lines, tokenizer, run, check)
+    evaluation = _read(folder / "eval.jsonl", dataset.eval_fingerprint, dataset.eval_lines, tokenizer, run, check)
     _check_something_is_learnt(train, evaluation, config.max_seq_length)
-    scored = list(islice(read_stored(folder / "eval.jsonl"), config.score_rows))
+    answerable = (example for example in read_stored(folder / "eval.jsonl") if example.line not in evaluation.refused)
+    scored = list(islice(answerable, config.score_rows))
     _check_positions([*train.rows, *evaluation.rows], scored, tokenizer, config, run.base_model())
     return Rows(train.rows, evaluation.rows, scored, train.cut, train.left_out, evaluation.left_out)
 
 
-def _read(path: Path, fingerprint: str, tokenizer: Any, run: Run) -> _File:
+def _read(
+    path: Path, fingerprint: str, lines: str, tokenizer: Any, run: Run, check: Callable[[int], None] | None
+) -> _File:
     config = run.config()
-    table = token_cache.table(fingerprint, lambda: read_stored(path), tokenizer, run.settings, loss_on=config.loss_on)
+    table = token_cache.table(
+        fingerprint,
+        lambda: read_stored(path),
+        tokenizer,
+        run.settings,
+        loss_on=config.loss_on,
+        lines=lines,
+        report=check,
+    )
     if table.refused and not config.skip_bad_rows:
         raise DatasetError(
             f"{len(table.refused):,} rows cannot be written in the chat template; mend them, choose another template, or "
             "leave them out with skip_bad_rows",
             *(row.problem for row in table.refused[:20]),
         )
-    rows, left_out = [], [row.line for row in table.refused]
+    rows: list[Row] = []
+    left_out = [row.line for row in table.refused]
     for row in Row.all_of(table, config.max_seq_length):
         if row.supervised_tokens:
             rows.append(row)
@@ -68,7 +85,8 @@ def _read(path: Path, fingerprint: str, tokenizer: Any, run: Run) -> _File:
             left_out.append(row.line)
     lengths = table.lengths
     cut = int((lengths > config.max_seq_length).sum())
-    return _File(rows, cut, tuple(sorted(left_out)), int(lengths.max(initial=0)))
+    refused = frozenset(row.line for row in table.refused)
+    return _File(rows, cut, tuple(sorted(left_out)), int(lengths.max(initial=0)), refused)
 
 
 def _check_something_is_learnt(train: _File, evaluation: _File, max_seq_length: int) -> None:

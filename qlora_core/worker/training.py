@@ -100,7 +100,12 @@ class Training:
     def run_to_end(self) -> None:
         self.tokenizer = load_tokenizer(self.base.folder, self.config.template)
         self.phase("reading the dataset")
-        self.rows = read_rows(self.run, self.tokenizer)
+        try:
+            self.rows = read_rows(self.run, self.tokenizer, check=self.check_stop)
+        except StopAsked:  # minutes for a million rows; what an earlier attempt has saved stays
+            steps = [event.step for event in self.run.history() if isinstance(event, events.Step)]
+            self.say(events.Stopped(step=max(steps, default=0)))
+            return
         for remark in self.run.dataset().remarks():
             self.say(events.Note(text=remark))
         self.load_model()
