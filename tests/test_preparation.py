@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,14 +26,15 @@ from qlora_core.config import replace
 from qlora_core.data.card import code, data_card
 from qlora_core.data.formats import read_rows
 from qlora_core.data.locate import LINEAGE
-from qlora_core.data.preparation import Preparation, shares_of
+from qlora_core.data.preparation import Preparation, public_name, shares_of
 from qlora_core.data.prepared_set import PreparedSet
-from qlora_core.data.preparing import prepare
-from qlora_core.data.rows import Example
+from qlora_core.data.preparing import _origins, prepare
+from qlora_core.data.rows import Example, Message
 from qlora_core.data.selection import held_out
+from qlora_core.data.steps import Ledger, Row, normalise
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, DatasetError
-from qlora_core.runs import RunStore
+from qlora_core.runs import RunStore, lock
 from qlora_core.tokens import load_tokenizer
 
 # Every row stays where it is, whole and unchanged; tests switch on what they are about.
@@ -67,6 +71,27 @@ def test_line_ends_and_trailing_space_are_normalised_counted_and_listed(tmp_path
     assert changes(made) == [
         {"step": "normalise", "source": "file0.jsonl", "line": "2", "what": "line ends x 2, white space at an end x 4"}
     ]
+
+
+def normalised(text: str) -> str:
+    row = Row(Example(1, (Message("user", "a"), Message("assistant", text))), 0)
+    with Ledger(Path(os.devnull), ["file"]) as ledger:
+        (changed,) = normalise(iter([row]), ledger)
+    return changed.example.reference
+
+
+@given(st.text("a \t\n\r\u00a0\u3000\u2028"))
+def test_what_is_normalised_stays_as_it_is(text: str) -> None:
+    once = normalised(text)
+    assert normalised(once) == once and once.split() == text.split() and once == once.rstrip(" \n")
+    assert normalised("abc \n \n") == "abc"
+
+
+@pytest.mark.parametrize("unit", [" ", " \n", "\n", "\r", "a "])
+def test_a_megabyte_of_white_space_takes_no_time(unit: str) -> None:
+    begun = time.process_time()
+    normalised(unit * (1_000_000 // len(unit)) + ("x" if unit == " " else ""))
+    assert time.process_time() - begun < 5  # it was quadratic: an hour
 
 
 def test_equal_rows_are_dropped_across_files_and_the_first_is_named(tmp_path: Path) -> None:
@@ -118,6 +143,10 @@ def test_long_rows_are_dropped_or_cut_to_what_training_counts(tmp_path: Path, wh
         table = token_cache.make_table(read_rows(made.train)[1], tokenizer)
         assert max(table.lengths) <= 64 and (table.end_positions >= 0).all(), "every row still ends"
         assert table.lengths[2] > 60, "no more is cut than must be"
+        told = [change["what"] for change in changes(made)]
+        lengths = table.lengths.tolist()
+        assert re.fullmatch(rf"\d+ tokens: later turns left out, {lengths[0]} tokens are left", told[0])
+        assert re.fullmatch(rf"\d+ tokens: last response cut, {lengths[2]} tokens are left", told[1])
     assert len(changes(made)) == 3
 
 
@@ -132,6 +161,9 @@ def test_balance_keeps_as_many_rows_as_have_the_shares(tmp_path: Path) -> None:
     options = {"balance_by": "source", "balance_shares": "human=30, synthetic=40, logs=30"}
     made = prepared(tmp_path, rows, **options)
     assert Counter(row["source"] for row in rows_of(made)) == {"human": 37, "synthetic": 50, "logs": 37}
+    assert counts(made, "balance")["rows left out"] == 200 - 124 == len(changes(made))
+    there = {int(row["instruction"].split()[1][:-1]) + 1 for row in rows_of(made)}
+    assert {int(change["line"]) for change in changes(made)} == set(range(1, 201)) - there
     with pytest.raises(DatasetError, match="no row has the value 'robot'; there are 'human' \\(50\\)"):
         prepared(tmp_path / "b", rows, balance_by="source", balance_shares="human=50, robot=50")
     with pytest.raises(DatasetError, match="no row has a column 'sauce'"):
@@ -160,6 +192,8 @@ def test_limit_draws_rows_and_shuffle_follows_the_seed(tmp_path: Path) -> None:
     again = rows_of(prepared(tmp_path / "2", rows, limit=20, shuffle=True))
     other = rows_of(prepared(tmp_path / "3", rows, limit=20, shuffle=True, seed=1))
     assert first == again != other and len(first) == 20
+    listed = changes(PreparedSet.load(tmp_path / "1" / "set"))
+    assert len(listed) == 30 and {change["what"] for change in listed} == {"left out: not drawn"}
     kept = [row["instruction"] for row in rows_of(prepared(tmp_path / "4", rows, limit=20))]
     assert kept == sorted(kept, key=lambda text: int(text.split()[1][:-1])), "without shuffle the order stays"
 
@@ -171,6 +205,31 @@ def test_rows_with_problems_are_refused_or_left_out_and_listed(tmp_path: Path) -
     assert "line 2" in error.value.problems[1] and not (tmp_path / "set").exists()
     made = prepared(tmp_path, rows, skip_bad_rows=True)
     assert made.lineage["sources"][0]["left_out"] == 1 and changes(made)[0]["line"] == "2"
+
+
+def test_nothing_that_is_masked_is_quoted_in_what_is_published(tmp_path: Path) -> None:
+    rows = [
+        alpaca(1),
+        alpaca(2, output=["john.doe@example.com"]),
+        alpaca(3, output=["4111 1111 1111 1111 is my card, ok?"]),
+    ]
+    made = prepared(tmp_path, rows, skip_bad_rows=True, personal_data="mask")
+    assert [change["line"] for change in changes(made)] == ["2", "3"]
+    published = "".join((made.folder / name).read_text() for name in ("changes.csv", "lineage.json", "README.md"))
+    assert "john" not in published and "4111" not in published and "wrong type" in published
+    ledger = Ledger(tmp_path / "list.csv", ["file"], mask=True)
+    with ledger:
+        ledger.change("long rows", 0, 1, "left out: no template takes john.doe@example.com")
+    assert "[EMAIL]" in (tmp_path / "list.csv").read_text()
+
+
+def test_no_folder_of_this_machine_is_published(tmp_path: Path) -> None:
+    base = model_folder(tokenizer_folder(tmp_path / "tiny", chat_template=CHATML))
+    made = prepared(tmp_path, [alpaca(1)], long_rows="drop", base_model=str(base))
+    assert made.lineage["preparation"]["base_model"] == "tiny"
+    assert not any(str(tmp_path) in (made.folder / name).read_text() for name in ("lineage.json", "README.md"))
+    assert public_name("owner/model@main") == "owner/model@main" and public_name("bundled") == "bundled"
+    assert public_name("~/models/rater") == "rater" and public_name(None) is None
 
 
 def test_every_source_is_checked_before_the_work_begins(tmp_path: Path) -> None:
@@ -267,6 +326,108 @@ def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
     assert {row.columns["big"] for row in found} == {str(2**70), "1"}, "what 64 bits do not hold is text"
     assert sum(pq.read_metadata(path).num_rows for path in files) == 2
     assert pq.read_schema(files[0]).equals(pq.read_schema(files[1])), "datasets refuses splits with other columns"
+
+
+def test_numbers_that_no_column_holds_become_text(tmp_path: Path) -> None:
+    rows = [alpaca(1, n=2**53 + 1, m=2**53 + 1), alpaca(2, n=0.5, m=1)]
+    made = prepared(tmp_path, rows)
+    table = pq.read_table(made.folder / "data" / "train.parquet").to_pydict()
+    assert table["n"] == [str(2**53 + 1), "0.5"] and table["m"] == [2**53 + 1, 1]
+
+
+def test_what_arrow_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_core.data.prepared_set._cell", lambda value, field: object())
+    with pytest.raises(DatasetError, match="train.parquet: the rows cannot be written as Parquet"):
+        prepared(tmp_path, [alpaca(1)])
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_row_that_is_too_large_once_written_is_left_out_and_listed(tmp_path: Path) -> None:
+    settings = replace(settings_in(tmp_path), max_row_bytes=10_000)
+    path = tmp_path / "rows.csv"  # in which a new line is one byte, which JSON writes as two
+    path.write_text('prompt,completion\na,b\nc,"' + "x\n" * 4000 + 'x"\n')
+    made = prepare([str(path)], tmp_path / "set", PLAIN, settings)
+    assert made.lineage["rows"]["train"] == 1 and counts(made, "large rows") == {"rows left out": 1}
+    assert changes(made)[0]["what"] == "left out: larger than QLORA_LAB_MAX_ROW_BYTES once written"
+    run = RunStore(settings).create(config_in(tmp_path, data=str(path), skip_bad_rows=True, eval_data=str(made.train)))
+    assert run.dataset().train_rows == 2
+
+
+def test_the_fingerprint_follows_all_columns_and_the_order(tmp_path: Path) -> None:
+    rows = [alpaca(n, author=f"{n}@example.com") for n in range(4)]
+    first = prepared(tmp_path, rows)
+    second = prepared(tmp_path, rows, personal_data="mask")
+    since = second.lineage["since_last_version"]
+    assert (since["rows_added"], since["rows_removed"]) == (4, 4)
+    assert first.lineage["fingerprint"] != second.lineage["fingerprint"]
+    assert first.lineage["fingerprints"] == second.lineage["fingerprints"], "the conversations are the same"
+    third = prepared(tmp_path, rows, shuffle=True, eval_fraction=0.5)
+    since = third.lineage["since_last_version"]
+    assert (since["rows_added"], since["rows_removed"]) == (4, 4) and third.lineage["rows"]["eval"] == 2
+    printed = subprocess.run(
+        "sha256sum train.jsonl eval.jsonl | sha256sum", shell=True, cwd=third.folder, capture_output=True, check=True
+    ).stdout.decode()
+    assert printed.split()[0] == third.lineage["fingerprint"]
+    (third.folder / "row_digests.npy").unlink()
+    fourth = prepared(tmp_path, rows[1:], shuffle=True, eval_fraction=0.5)
+    assert fourth.lineage["since_last_version"]["rows_removed"] == 1, "they are counted again where the list is gone"
+
+
+def test_another_dataset_is_no_version(tmp_path: Path) -> None:
+    prepared(tmp_path, [alpaca(1)])
+    other = write_rows(tmp_path / "other.jsonl", [alpaca(2)])
+    with pytest.raises(DatasetError, match="holds the dataset prepared from file0.jsonl; name another folder"):
+        prepared(tmp_path, other)
+    assert prepared(tmp_path, [alpaca(1)], other).lineage["version"] == 2, "with another file it is one"
+    of_hub = [{"name": "x.jsonl", "hub": "hub:owner/name:default:train@abc"}, {"name": "y.jsonl"}]
+    assert _origins(of_hub) == {"owner/name", "y.jsonl"}
+
+
+def test_two_preparations_into_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    folders = []
+    path, settings = write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(500)]), settings_in(tmp_path)
+    begin = threading.Barrier(3)
+
+    def work(seed: int) -> None:
+        begin.wait()
+        folders.append(prepare([str(path)], tmp_path / "set", replace(PLAIN, seed=seed), settings).lineage)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 3 and sorted({lineage["version"] for lineage in folders}) in ([1, 2], [1, 2, 3])
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_one_that_waits_can_be_ended(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(1)])
+
+    class Ended(Exception):
+        pass
+
+    def report(doing: str, *_: Any) -> None:
+        if doing.startswith("waiting"):
+            raise Ended
+
+    with lock(tmp_path / ".set.lock"), pytest.raises(Ended):
+        prepare([str(path)], tmp_path / "set", PLAIN, settings_in(tmp_path), report=report)
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path: Path) -> None:
+    for name in (".set-77-0123abcd.partial", ".set-2-77-0123abcd.partial"):
+        (tmp_path / name).mkdir()
+    prepared(tmp_path, [alpaca(1)])
+    assert [path.name for path in tmp_path.glob(".*.partial")] == [".set-2-77-0123abcd.partial"], "of this set alone"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1'])
+def test_a_set_that_a_crash_has_damaged_is_told(tmp_path: Path, text: str) -> None:
+    made = prepared(tmp_path, [alpaca(1)])
+    (made.folder / LINEAGE).write_text(text)
+    with pytest.raises(DatasetError, match="its lineage.json cannot be read"):
+        prepared(tmp_path, [alpaca(1)])
 
 
 def test_the_same_preparation_is_found_and_another_becomes_the_next_version(tmp_path: Path) -> None:
@@ -419,7 +580,7 @@ def test_counts_always_add_up(tmp_path_factory: pytest.TempPathFactory, rows: An
     read = steps["read"].get("rows", 0)
     assert read + steps["read"].get("rows left out that have problems", 0) == len(rows)
     dropped = sum(steps.get(step, {}).get("rows dropped", 0) for step in ("duplicates", "near duplicates"))
-    dropped += steps.get("limit", {}).get("rows left out", 0)
+    dropped += sum(steps.get(step, {}).get("rows left out", 0) for step in ("limit", "large rows"))
     assert lineage["rows"]["train"] + lineage["rows"]["eval"] == read - dropped
     written = [row for path in (made.train, made.eval) if path for row in read_rows(path)[1]]
     assert len(written) == read - dropped and all(isinstance(row, Example) for row in written)

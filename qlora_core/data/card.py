@@ -59,7 +59,8 @@ def data_card(lineage: dict[str, Any]) -> str:
         "## Columns",
         ", ".join(code(name) for name in lineage["columns"]),
         "## Version",
-        f"Fingerprint `{lineage['fingerprint']}`: SHA-256 over the rows in their order."
+        f"Fingerprint `{lineage['fingerprint']}`: SHA-256 over all columns of the rows in their order, as "
+        "`sha256sum train.jsonl eval.jsonl | sha256sum` prints it (without `eval.jsonl` where no rows are held out)."
         + (
             f" Since version {since['version']}: {since['rows_added']:,} rows added, {since['rows_removed']:,} removed."
             if since

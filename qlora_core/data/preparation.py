@@ -1,6 +1,9 @@
 """What is done to the rows of a dataset before it is trained on: the settings, and what is wrong with them. Does nothing itself."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from qlora_core.config import TEMPLATES
 from qlora_core.data import derived, near_duplicates
@@ -92,8 +95,20 @@ class Preparation(Options):
         asked = (*self.derive, self.balance_by, self.stratify_by)
         return tuple(name for name in dict.fromkeys(asked) if name in derived.DERIVED)
 
+    def public(self) -> dict[str, Any]:
+        """The settings as they are published: of a folder on this machine no more than its name."""
+        told = self.to_json()
+        return told | {name: public_name(told[name]) for name in ("base_model", "toxicity_model")}
+
     def _unknown(self) -> list[str]:
         return [name for name in self.derive if name not in derived.DERIVED]
+
+
+def public_name(model: str | None) -> str | None:
+    """The id of a model on the Hub; of a folder on this machine its name."""
+    path = Path(os.path.expanduser(model or ""))
+    is_here = model and (path.is_absolute() or model.startswith(("~", ".")) or path.is_dir())
+    return path.resolve().name if is_here else model
 
 
 def shares_of(text: str) -> tuple[dict[str, float], list[str]]:

@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,30 +25,37 @@ from qlora_core.data.limits import Limits
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
+from qlora_core.runs import sync
 from qlora_core.settings import Settings
 from qlora_core.tokens import load_tokenizer
 
 # File of each split: as rows, and as the Hub wants it. The Hub's name for rows to evaluate on is validation.
 TRAIN, EVAL = "train", "eval"
 PARQUET = {TRAIN: "data/train.parquet", EVAL: "data/validation.parquet"}
-CARD, CHANGES, DIGESTS, SOURCES = "README.md", "changes.csv", "digests.npy", "sources.json"
+CARD, CHANGES, DIGESTS, SOURCES = "README.md", "changes.csv", "row_digests.npy", "sources.json"
 PARQUET_ROWS = 1000
+LARGE = "large"  # kind of a whole number that only 64 bits hold
 
 
 class WorkingFile:
     """Rows on their way to a prepared set: on disk, with what selection needs of each in arrays."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("wb")
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._path, self._file, self._most_bytes = path, path.open("wb"), limits.row_bytes
         self._offsets, self._digests = array("q", [0]), array("Q")
         self.lines, self.sources, self._dropped = array("q"), array("l"), []
 
-    def add(self, example: Example, source: int) -> None:
-        values = example.to_json() | {"form": example.form, "columns": example.columns}
-        self._offsets.append(self._offsets[-1] + self._file.write(_dumped(values) + b"\n"))
+    def add(self, example: Example, source: int) -> bool:
+        """Whether the row was taken: one that would be too large to be read again is not."""
+        dumped = _dumped(example.to_json() | {"form": example.form, "columns": example.columns})
+        # Chat messages are the longest form; what wraps a tool call is the most that a form adds.
+        if 8 * len(dumped) > self._most_bytes and len(_dumped(row_of(example, MESSAGES))) > self._most_bytes:
+            return False
+        self._offsets.append(self._offsets[-1] + self._file.write(dumped + b"\n"))
         self._digests.append(short_digest(example))
         self.lines.append(example.line)
         self.sources.append(source)
+        return True
 
     def close(self) -> None:
         self._file.close()
@@ -106,7 +114,16 @@ class PreparedSet:
 
     @classmethod
     def load(cls, folder: Path) -> "PreparedSet":
-        return cls(folder, json.loads((folder / LINEAGE).read_text()))
+        """Raises DatasetError where its lineage cannot be read, as a crash of the machine may leave it."""
+        try:
+            lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+            if not {"version", "key", "rows", "fingerprint", "sources", "files"} <= set(lineage):
+                raise ValueError("parts of it are missing")
+        except (OSError, ValueError, TypeError) as error:
+            raise DatasetError(
+                f"{folder}: its {LINEAGE} cannot be read ({error}); delete the folder, and prepare it again"
+            ) from None
+        return cls(folder, lineage)
 
     @property
     def train(self) -> Path:
@@ -183,28 +200,30 @@ def write(
     limits: Limits,
     report: Callable[[str, int, int, str], None],
 ) -> PreparedSet:
-    """Write everything into the folder; the lineage last, so that a folder with one is whole."""
+    """Write everything into the folder; the lineage last, so that a folder with one is whole. Raises DatasetError."""
     (folder / "data").mkdir()
     form = _common_form(rows.read(np.concatenate([train, evaluation])))
-    fingerprints, digests = {}, []
-    columns: dict[str, set[type]] = {}  # of both splits, whose Parquet files must have the same
+    fingerprints, hashes, digests = {}, [], []
+    columns: dict[str, set[Any]] = {}  # of both splits, whose Parquet files must have the same
     for split, numbers in ((TRAIN, train), (EVAL, evaluation)):
         if len(numbers):
             written = _write_split(folder, split, rows.read(numbers), form, len(numbers), columns, limits, report)
-            fingerprints[split], of_split = written
+            fingerprints[split], of_split, sha256 = written
             digests.append(of_split)
+            hashes.append(f"{sha256}  {split}.jsonl\n")
     for split in fingerprints:
         _write_parquet(folder / f"{split}.jsonl", folder / PARQUET[split], columns)
     everything = np.unique(np.concatenate(digests))
     np.save(folder / DIGESTS, everything)
-    before = np.load(previous.folder / DIGESTS) if previous else np.zeros(0, np.uint64)
+    before = _digests_of(previous.folder) if previous else np.zeros(0, np.uint64)
     lineage = told | {
         "version": version,
         "form": form,
         "rows": {TRAIN: len(train), EVAL: len(evaluation)},
         "columns": list(columns),
         "fingerprints": fingerprints,
-        "fingerprint": hashlib.sha256("".join(fingerprints.values()).encode()).hexdigest(),
+        # As sha256sum prints it, of the output of sha256sum: of all columns, which `fingerprints` leave out.
+        "fingerprint": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "since_last_version": previous
         and {
             "version": previous.lineage["version"],
@@ -222,7 +241,24 @@ def write(
     ]
     lineage["files"] = {name: (folder / name).stat().st_size for name in names}
     (folder / LINEAGE).write_text(json.dumps(lineage, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name in (*names, CARD, LINEAGE):
+        sync(folder / name)
     return PreparedSet(folder, lineage)
+
+
+def _digests_of(folder: Path) -> np.ndarray:
+    """Eight bytes of the digest of each different row of the set in this folder, as far as its files are there."""
+    with suppress(OSError, ValueError, EOFError):
+        return np.load(folder / DIGESTS)
+    found = array("Q")
+    for split in (TRAIN, EVAL):
+        with suppress(OSError), (folder / f"{split}.jsonl").open("rb") as file:
+            found.extend(_short(line) for line in file)
+    return np.unique(np.array(found, np.uint64))
+
+
+def _short(line: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(line).digest()[:8])
 
 
 def _common_form(examples: Iterator[Example]) -> str:
@@ -239,12 +275,14 @@ def _write_split(
     examples: Iterator[Example],
     form: str,
     count: int,
-    columns: dict[str, set[type]],
+    columns: dict[str, set[Any]],
     limits: Limits,
     report: Callable[[str, int, int, str], None],
-) -> tuple[str, np.ndarray]:
-    """(fingerprint, short digests [rows]) of the split; the types of its columns are added to `columns`."""
-    fingerprint, digests, expected = hashlib.sha256(), array("Q"), array("Q")
+) -> tuple[str, np.ndarray, str]:
+    """(fingerprint of the conversations, short digests of the written rows [rows], SHA-256 of the file) of the split; the
+    kinds of its columns are added to `columns`."""
+    fingerprint, whole = hashlib.sha256(), hashlib.sha256()
+    digests, expected, read = array("Q"), array("Q"), array("Q")
     path = folder / f"{split}.jsonl"
     with path.open("wb") as file:
         for number, example in enumerate(examples):
@@ -252,21 +290,30 @@ def _write_split(
             row = row_of(example, form)
             expected.append(short_digest(canonical(example, form)))
             for name, value in row.items():
-                too_large = isinstance(value, int) and abs(value) >= 2**63
-                columns.setdefault(name, set()).add(object if too_large else type(value))
-            file.write(_dumped(row) + b"\n")
+                columns.setdefault(name, set()).add(_kind(value))
+            line = _dumped(row) + b"\n"
+            file.write(line)
+            whole.update(line)
+            digests.append(_short(line))
     # What is read again is what will be trained on, so the fingerprint is of that.
     for row in read_rows(path, limits=limits)[1]:
         if not isinstance(row, Example):
             raise DatasetError(f"{split}.jsonl: a row is not read as it was written: {row}")
         fingerprint.update(row.digest())
-        digests.append(short_digest(row))
-    assert digests == expected, "what is read is what was written"
-    return fingerprint.hexdigest(), np.array(digests, np.uint64)
+        read.append(short_digest(row))
+    assert read == expected, "what is read is what was written"
+    return fingerprint.hexdigest(), np.array(digests, np.uint64), whole.hexdigest()
 
 
-def _write_parquet(source: Path, path: Path, columns: dict[str, set[type]]) -> None:
-    """The same rows as Parquet. A column whose values are of several kinds becomes their JSON text."""
+def _kind(value: Any) -> Any:
+    """The value's type; of whole numbers also whether a float (LARGE), or 64 bits (object), do not hold them."""
+    if type(value) is int and abs(value) > 2**53:
+        return LARGE if abs(value) < 2**63 else object
+    return type(value)
+
+
+def _write_parquet(source: Path, path: Path, columns: dict[str, set[Any]]) -> None:
+    """The same rows as Parquet. A column whose values are of several kinds becomes their JSON text. Raises DatasetError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -275,6 +322,8 @@ def _write_parquet(source: Path, path: Path, columns: dict[str, set[type]]) -> N
     fields = []
     for name, kinds in columns.items():
         kinds = kinds - {type(None)}
+        if LARGE in kinds and float not in kinds:
+            kinds = kinds - {LARGE} | {int}
         kind = (
             pa.float64()
             if kinds == {int, float}
@@ -284,13 +333,16 @@ def _write_parquet(source: Path, path: Path, columns: dict[str, set[type]]) -> N
         )
         fields.append(pa.field(name, pa.list_(message) if name == "messages" else kind or pa.string()))
     schema = pa.schema(fields)
-    with source.open("rb") as file, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while lines := [line for _, line in zip(range(PARQUET_ROWS), file, strict=False)]:
-            rows = [
-                {field.name: _cell(values.get(field.name), field) for field in fields}
-                for values in map(json.loads, lines)
-            ]
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    try:
+        with source.open("rb") as file, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            while lines := [line for _, line in zip(range(PARQUET_ROWS), file, strict=False)]:
+                rows = [
+                    {field.name: _cell(values.get(field.name), field) for field in fields}
+                    for values in map(json.loads, lines)
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    except (pa.ArrowException, OverflowError) as error:
+        raise DatasetError(f"{path.name}: the rows cannot be written as Parquet: {error}") from None
 
 
 def _cell(value: Any, field: Any) -> Any:

@@ -1,13 +1,15 @@
 """Sources and settings -> a prepared dataset: each step counts what it changed and lists it. Starts no process, knows no page."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,11 @@ from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.selection import balanced, held_out
 from qlora_core.data.steps import Ledger, Row, drop_duplicates, fit, mark_toxic, mask_personal, normalise, with_columns
 from qlora_core.errors import DatasetError
+from qlora_core.runs import lock, sync
 from qlora_core.settings import Settings
 
-VERSION = 2
+VERSION = 3
+WAITING_SECONDS = 1  # after which a preparation that waits for another looks whether it is to end
 LISTED = 20  # problems of a source that are named; changes.csv lists all
 # (what is being done, how far, of how much, in what); raises to end the preparation.
 Report = Callable[[str, int, int, str], None]
@@ -67,12 +71,50 @@ def prepare(
     sources = _sources(data, settings, token, report)
     told = [VERSION, preparation.to_json(), [(source.name, source.sha256) for source in sources]]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    previous = prepared_set.newest(out)
-    if previous and previous.folder == out and previous.lineage["key"] == key and previous.is_whole():
-        return previous
-    if out.exists() and not (out / LINEAGE).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise DatasetError(f"{out}: is there already and is no prepared dataset; name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(out, report):
+        previous = prepared_set.newest(out)
+        if previous and previous.folder == out and previous.lineage["key"] == key and previous.is_whole():
+            return previous
+        if out.exists() and not (out / LINEAGE).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise DatasetError(f"{out}: is there already and is no prepared dataset; name another folder")
+        if previous and not (_origins(source.to_json() for source in sources) & _origins(previous.lineage["sources"])):
+            names = ", ".join(source["name"] for source in previous.lineage["sources"])
+            raise DatasetError(f"{previous.folder}: holds the dataset prepared from {names}; name another folder")
+        made = _prepare(sources, data, out, preparation, settings, key=key, previous=previous, report=report)
+    return replace(made, folder=out)
+
+
+@contextmanager
+def _alone(out: Path, report: Report) -> Iterator[None]:
+    """One preparation at a time into a folder: another waits. What killed ones have left is removed."""
+    while True:
+        with lock(out.with_name(f".{out.name}.lock"), patience_seconds=WAITING_SECONDS) as held:
+            if held is not None:
+                for path in out.parent.glob(f".{glob.escape(out.name)}-*.partial"):
+                    if re.fullmatch(r"[0-9]+-[0-9a-f]{8}\.partial", path.name.removeprefix(f".{out.name}-")):
+                        shutil.rmtree(path, ignore_errors=True)
+                yield
+                return
+        report(f"waiting for another preparation into {out.name}", 0, 0, "")
+
+
+def _origins(sources: Iterable[dict[str, Any]]) -> set[str]:
+    """What tells datasets apart, whatever version they are of: Hub ids, and names of files."""
+    told = ((source.get("hub"), source["name"]) for source in sources)
+    return {hub.partition("@")[0].removeprefix(PREFIX).partition(":")[0] if hub else name for hub, name in told}
+
+
+def _prepare(
+    sources: list[Source],
+    data: list[str],
+    out: Path,
+    preparation: Preparation,
+    settings: Settings,
+    *,
+    key: str,
+    previous: prepared_set.PreparedSet | None,
+    report: Report,
+) -> prepared_set.PreparedSet:
     partial = out.with_name(f".{out.name}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:
@@ -80,6 +122,8 @@ def prepare(
         made = work.run(key=key, name=out.name, previous=previous)
         # Where the rows came from on this machine, for preparing them again; it is never pushed.
         (partial / prepared_set.SOURCES).write_text(json.dumps([str(named) for named in data]))
+        sync(partial / prepared_set.SOURCES)
+        sync(partial)
         if previous and previous.folder == out:
             out.rename(prepared_set.place_of(out, previous.lineage["version"]))
         elif out.exists():
@@ -87,7 +131,7 @@ def prepare(
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return replace(made, folder=out)
+    return made
 
 
 def _sources(data: list[str], settings: Settings, token: str | None, report: Report) -> list[Source]:
@@ -139,7 +183,8 @@ class _Work:
     ) -> None:
         self.sources, self.preparation, self.settings = sources, preparation, settings
         self.folder, self.report = folder, report
-        self.ledger = Ledger(folder / "changes.csv", [source.name for source in sources])
+        self.masks = preparation.personal_data == MASKED
+        self.ledger = Ledger(folder / prepared_set.CHANGES, [source.name for source in sources], mask=self.masks)
         # Of each source: its form and why, rows, rows left out.
         self.read_as: list[dict[str, Any]] = []
 
@@ -164,7 +209,7 @@ class _Work:
                 "name": name,
                 "key": key,
                 "sources": [s.to_json() | told for s, told in zip(self.sources, self.read_as, strict=True)],
-                "preparation": self.preparation.to_json(),
+                "preparation": self.preparation.public(),
                 "steps": self.ledger.steps,
                 "license": license_,
             },
@@ -218,7 +263,9 @@ class _Work:
                 elif isinstance(row, Problem):
                     told["left_out"] += 1
                     begun["rows left out that have problems"] += 1
-                    self.ledger.change("read", number, row.line, f"left out: {row.message}")
+                    # What a message quotes of a value may be cut in the middle of what would be masked.
+                    told_why = row.kind if self.masks else row.message
+                    self.ledger.change("read", number, row.line, f"left out: {told_why}")
                 else:
                     begun["rows"] += 1
                     if begun["rows"] > self.settings.max_rows:
@@ -272,7 +319,7 @@ class _Work:
         if preparation.normalise:
             rows = normalise(rows, ledger)
         if preparation.personal_data != KEPT:
-            rows = mask_personal(rows, ledger, mask=preparation.personal_data == MASKED)
+            rows = mask_personal(rows, ledger, mask=self.masks)
         if preparation.duplicates == DROPPED:
             rows = drop_duplicates(rows, ledger)
         if preparation.toxicity_model:
@@ -282,12 +329,18 @@ class _Work:
         if preparation.derived:
             rows = with_columns(rows, ledger, preparation.derived)
         near = NearDuplicates(threshold=preparation.near_duplicates) if preparation.near_duplicates else None
-        written = prepared_set.WorkingFile(self.folder / "rows.partial")
+        written = prepared_set.WorkingFile(self.folder / "rows.partial", self.settings.limits)
+        too_large: Counter[str] = Counter()
         with closing(written):
-            for number, row in enumerate(rows):
-                if near:
-                    near.add(number, row.example.text)
-                written.add(row.example, row.source)
+            for row in rows:
+                if not written.add(row.example, row.source):
+                    too_large["rows left out"] += 1
+                    told = "left out: larger than QLORA_LAB_MAX_ROW_BYTES once written"
+                    ledger.change("large rows", row.source, row.example.line, told)
+                elif near:
+                    near.add(len(written) - 1, row.example.text)
+        if too_large:
+            ledger.step("large rows", too_large)
         if near:
             self.report("comparing rows that are alike", 0, 0, "")
             self._drop_near(near, written)
@@ -314,11 +367,16 @@ class _Work:
         kept = np.flatnonzero(rows.kept)
         if preparation.balance_by:
             values = rows.column(preparation.balance_by, kept)
+            before = kept
             kept, counts = balanced(kept, values, shares_of(preparation.balance_shares)[0], random)
-            ledger.step("balance", {f"rows of {value}": count for value, count in counts.items()})
+            told = {f"rows of {value}": count for value, count in counts.items()}
+            ledger.step("balance", told | {"rows left out": len(before) - len(kept)})
+            self._list_left_out("balance", rows, before, kept)
         if preparation.limit and len(kept) > preparation.limit:
-            ledger.step("limit", {"rows left out": len(kept) - preparation.limit})
+            before = kept
             kept = np.sort(random.choice(kept, preparation.limit, replace=False))
+            ledger.step("limit", {"rows left out": len(before) - len(kept)})
+            self._list_left_out("limit", rows, before, kept)
         if preparation.shuffle:
             kept = random.permutation(kept)
             ledger.step("shuffle", {"rows": len(kept), "seed": preparation.seed})
@@ -330,6 +388,11 @@ class _Work:
         by = f"by {preparation.stratify_by}" if preparation.stratify_by else "at random"
         ledger.step("split", {"rows to train on": len(train), f"rows held out {by}": len(evaluation)})
         return train, evaluation
+
+    def _list_left_out(self, step: str, rows: prepared_set.WorkingFile, before: np.ndarray, kept: np.ndarray) -> None:
+        why = {"balance": "left out for the shares", "limit": "left out: not drawn"}[step]
+        for number in np.setdiff1d(before, kept).tolist():
+            self.ledger.change(step, rows.sources[number], rows.lines[number], why)
 
 
 def _common(licences: list[str | None]) -> str | None:

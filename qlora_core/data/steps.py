@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import tee
+from operator import ne
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,18 +13,18 @@ from typing import Any
 from qlora_core import architecture
 from qlora_core.data.inspection import short_digest
 from qlora_core.data.listing import Listing
-from qlora_core.data.preparation import Preparation
+from qlora_core.data.preparation import Preparation, public_name
 from qlora_core.data.rows import Example
 from qlora_core.settings import Settings
 from qlora_core.tokens import Refused, RenderedExample, load_tokenizer, render_many
 
 # A chain of generators begins at its end, so the order in which steps begin is not theirs.
 ORDER = (
-    "read", "normalise", "personal data", "duplicates", "toxicity", "long rows", "derived columns", "near duplicates",
-    "balance", "limit", "shuffle", "split",
+    "read", "normalise", "personal data", "duplicates", "toxicity", "long rows", "derived columns", "large rows",
+    "near duplicates", "balance", "limit", "shuffle", "split",
 )  # fmt: skip
 _LINE_ENDS = re.compile(r"\r\n?|\u2028|\u2029")
-_TRAILING = re.compile(r"[ \t\u00a0\u3000]+(?=\n|\Z)|\n+\Z")
+_SPACES = " \t\u00a0\u3000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +36,13 @@ class Row:
 
 
 class Ledger:
-    """What each step did: counts by step, and one line of changes.csv for every row that it changed or left out."""
+    """What each step did: counts by step, and one line of changes.csv for every row that it changed or left out.
 
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self.names = names
+    `mask`: no personal data that a message quotes stand in changes.csv, which is published with the rows.
+    """
+
+    def __init__(self, path: Path, names: list[str], *, mask: bool = False) -> None:
+        self.names, self.mask = names, mask
         self._steps: dict[str, dict[str, Any]] = {}
         self._listing = Listing(path, ("step", "source", "line", "what"))
 
@@ -53,6 +57,10 @@ class Ledger:
         return {name: dict(self._steps[name]) for name in ORDER if name in self._steps}
 
     def change(self, step: str, source: int, line: int, what: str) -> None:
+        if self.mask:
+            from qlora_core.data import personal
+
+            what = personal.mask(what)[0]
         self._listing.add(step, self.names[source], line, what)
 
     def told(self) -> list[str]:
@@ -79,12 +87,13 @@ def normalise(rows: Iterator[Row], ledger: Ledger) -> Iterator[Row]:
 
         def tidy(text: str, found: Counter[str] = found) -> str:
             text, ends = _LINE_ENDS.subn("\n", text) if not text.isprintable() else (text, 0)
-            if text[-1:] in " \t\n\u00a0\u3000" or " \n" in text or "\t\n" in text:
-                text, trailing = _TRAILING.subn("", text)
-            else:
-                trailing = 0
-            found.update({"line ends": ends, "white space at an end": trailing})
-            return text
+            lines = text.split("\n")
+            stripped = [line.rstrip(_SPACES) for line in lines]
+            trailing = sum(map(ne, lines, stripped))
+            while len(stripped) > 1 and not stripped[-1]:
+                stripped.pop()
+            found.update({"line ends": ends, "white space at an end": trailing + (len(stripped) < len(lines))})
+            return "\n".join(stripped)
 
         example = row.example.mapped(tidy)
         if example is not row.example:
@@ -138,7 +147,7 @@ def mark_toxic(rows: Iterator[Row], ledger: Ledger, preparation: Preparation, se
     from qlora_core import toxicity
 
     model, threshold = preparation.toxicity_model, preparation.toxicity_threshold
-    counts = ledger.step("toxicity", {"rows": 0, "dropped": 0, "model": model, "threshold": threshold})
+    counts = ledger.step("toxicity", {"rows": 0, "dropped": 0, "model": public_name(model), "threshold": threshold})
     kept, texts = tee(rows)
     with toxicity.scores((row.example.text for row in texts), model=model or "", settings=settings) as verdicts:
         for row, verdict in zip(kept, verdicts, strict=True):
@@ -173,19 +182,29 @@ def fit(rows: Iterator[Row], ledger: Ledger, preparation: Preparation, settings:
         counts["rows longer"] += 1
         shorter = shortened(row.example, rendered, tokenizer, most) if cut else None
         counts["cut" if shorter else "dropped"] += 1
-        told = f"{length:,} tokens, cut to {most:,}" if shorter else f"dropped: {length:,} tokens"
+        told = f"{length:,} tokens: {shorter.told}" if shorter else f"dropped: {length:,} tokens"
         ledger.change("long rows", row.source, row.example.line, told)
         if shorter:
-            yield replace(row, example=shorter)
+            yield replace(row, example=shorter.example)
 
 
-def shortened(example: Example, rendered: RenderedExample, tokenizer: Any, most: int) -> Example | None:
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """`told` is what was done, such as "later turns left out, 40 tokens are left"."""
+
+    example: Example
+    told: str
+
+
+def shortened(example: Example, rendered: RenderedExample, tokenizer: Any, most: int) -> Shortened | None:
     """The conversation without later turns, and then with less of its last response, as it fits; None where the prompt
     alone does not."""
+    done: dict[str, None] = {}  # a set in its order
     while len(rendered.token_ids) > most:
         turns = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
         if len(turns) > 1:
             example = replace(example, messages=example.messages[: turns[-2] + 1])
+            done["later turns left out"] = None
         else:
             last = len(example.messages) - 1 if example.is_text else turns[-1]
             message = example.messages[last]
@@ -201,11 +220,12 @@ def shortened(example: Example, rendered: RenderedExample, tokenizer: Any, most:
                 return None
             messages = (*example.messages[:last], replace(message, content=content))
             example = replace(example, messages=messages)
+            done["text cut" if example.is_text else "last response cut"] = None
         (again,) = render_many([example], tokenizer)
         if isinstance(again, Refused):
             return None
         rendered = again
-    return example
+    return Shortened(example, f"{', '.join(done)}, {len(rendered.token_ids):,} tokens are left")
 
 
 def with_columns(rows: Iterator[Row], ledger: Ledger, names: tuple[str, ...]) -> Iterator[Row]:
