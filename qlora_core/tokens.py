@@ -289,6 +289,8 @@ def _chat(example: Example, count: int, tokenizer: Any, generation_prompt: bool)
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
         )
+    except MemoryError:
+        raise
     except Exception as error:  # a template is a program that anybody may have written
         raise DatasetError(
             f"line {example.line}: the chat template refuses the row: {templates.error_text(error)}"

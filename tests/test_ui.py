@@ -225,7 +225,7 @@ chosen = data.take_upload([{str(rows)!r}])[data.chosen]
 how = ({base!r}, "model", "all_responses")
 assert "lab-tokens" in data.rows.show_row(chosen, 1, *how, 512)[0]
 data.rows.show_lengths(chosen, *how, 512)
-assert data.rows.find_row(chosen, 1, "answer")
+assert data.rows.find_row(chosen, 1, "answer")[0]
 values = [component.value for component in train.inputs]
 assert train.check(chosen, *values)[1]
 train.begin(chosen, *values)
@@ -304,7 +304,8 @@ def test_cell_content_is_never_html(tmp_path, base):
     tab = built(DataTab, settings_in(tmp_path))
     found = tab.take_upload([str(path)])
     shown, _ = tab.rows.show_row(found[tab.chosen], 1, base, "model", "all_responses", 512)
-    _, place = tab.rows.show_found(found[tab.chosen], 1, base, "model", "all_responses", 512, EVIL + "?")
+    _, told = tab.rows.find_row(found[tab.chosen], 1, EVIL + "?")
+    _, place = tab.rows.show_found(told, found[tab.chosen], 1, base, "model", "all_responses", 512)
     for text in (found[tab.report], found[tab.problems], found[tab.columns_why], shown, place):
         assert "<img" not in text
     assert "&lt;" in shown and "&lt;img" in found[tab.problems] and "&lt;img" in place

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 TOKEN = "hf_SECRETMARKER456"
+NOTHING = Chosen(path="")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,12 +69,12 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield found
 
 
-def ticked(tab: DataTab, found: dict[Any, Any], chosen: Chosen = Chosen(path="")) -> dict[Any, Any]:  # noqa: B008
+def ticked(tab: DataTab, found: dict[Any, Any], chosen: Chosen = NOTHING) -> dict[Any, Any]:
     """What the page shows when the job that it watches has ended."""
     assert found[tab.job], found
     job = jobs.find(found[tab.job], tab.settings)
     wait_for(lambda: job.progress().state != jobs.RUNNING, seconds=60)
-    return seen(tab, tab.tick(found[tab.job], chosen))
+    return seen(tab, tab.tick(found[tab.job], chosen, found.get(tab.looked, NOTHING)))
 
 
 def seen(tab: DataTab, found: dict[Any, Any]) -> dict[Any, Any]:
@@ -216,10 +217,50 @@ def test_a_large_file_is_looked_at_by_a_job_that_a_reload_joins(
     assert found[tab.timer].active and not found[tab.use].interactive and tab.chosen not in found
     again = seen(tab, tab.first_look(found[tab.remembered]))
     assert again[tab.job] == found[tab.job] and again[tab.chosen].is_example
+    found = tab.look(Chosen(str(path), eval_path=str(path)))
     done = ticked(tab, found)
+    assert Path(done[tab.chosen].eval_path).name == "large.jsonl", "what belongs to it comes along"
     assert done[tab.chosen].rows == 5000 and not done[tab.timer].active
-    gone = seen(tab, tab.tick("0" * 24, done[tab.chosen]))
+    gone = seen(tab, tab.tick("0" * 24, done[tab.chosen], NOTHING))
     assert not gone[tab.timer].active
+
+
+def test_a_large_prepared_set_is_looked_at_as_a_set(
+    tab: DataTab, settings: Settings, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(5000)])
+    chosen = tab.take_upload([str(path)])[tab.chosen]
+    arguments = tab.prepare.arguments(chosen, "set", "model", base, tuple(prepare_values(tab)))
+    monkeypatch.setattr(data_tab, "LARGE_BYTES", 100_000)
+    looked = ticked(tab, tab._watch(jobs.start(arguments, settings)))
+    done = ticked(tab, looked)
+    assert done[tab.chosen].is_prepared and done[tab.chosen].name == "set" and done[tab.chosen].rows == 4500
+
+
+def test_what_has_changed_since_it_was_looked_at_is_not_trained_on_unseen(
+    tab: DataTab, settings: Settings, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [alpaca(n) for n in range(5)])
+    first = tab.look(Chosen(str(path)))[tab.chosen]
+    assert first.problem(settings) is None
+    write_rows(path, [alpaca(n, output="other") for n in range(5)])
+    assert "has changed since it was looked at" in first.problem(settings)
+    again = tab.look(Chosen(str(path)))[tab.chosen]
+    assert again != first and again.problem(settings) is None, "another value, so that the page shows other rows"
+    path.unlink()
+    assert "is gone" in again.problem(settings)
+
+
+def test_a_set_with_columns_chosen_by_hand_can_be_prepared_again(
+    tab: DataTab, settings: Settings, tmp_path: Path, base: str
+) -> None:
+    (tmp_path / "qa.csv").write_text("q,a\n" + "".join(f"q{n},a{n}\n" for n in range(10)))
+    looked = tab.take_upload([str(tmp_path / "qa.csv")])[tab.looked]
+    chosen = tab.take_columns(looked, NOT_SEVERAL, "q", "a", "", "", "", "")[tab.chosen]
+    first = tab.prepare.arguments(chosen, "set", "model", base, tuple(prepare_values(tab)))
+    made = ticked(tab, tab._watch(jobs.start(first, settings)))[tab.chosen]
+    second = tab.prepare.arguments(made, "set", "model", base, tuple(prepare_values(tab, limit="5")))
+    assert ticked(tab, tab._watch(jobs.start(second, settings)))[tab.chosen].rows == 4
 
 
 def test_settings_with_a_prepared_set_are_loaded_again(

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_core.data.detection import parse_columns
 from qlora_core.data.hub_source import origin_of
-from qlora_core.data.inspected import Inspected, inspect_into
+from qlora_core.data.inspected import Inspected, folder_of, inspect_into
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.data.rows import counted
@@ -26,6 +26,8 @@ class Chosen:
     skip_bad_rows: bool = False
     bad_rows: int = 0
     columns: str = ""
+    # Which inspection this is of: another one when the file has changed.
+    stamp: str = ""
 
     @property
     def is_prepared(self) -> bool:
@@ -53,10 +55,12 @@ class Chosen:
         known = PreparedSet.load(Path(self.path)).lineage if self.is_prepared else origin_of(self.file)
         return known.get("license") or ""
 
-    def problem(self) -> str | None:
+    def problem(self, settings: Settings) -> str | None:
         """Why Start cannot use it, with the remedy; None when it can."""
         if not self.path:
             return "no dataset is chosen; choose one on the Data tab"
+        if self.stamp and self.stamp != _stamp(self, settings):
+            return f"{self.name} has changed since it was looked at, or is gone; look at it again on the Data tab"
         if self.bad_rows and not self.skip_bad_rows:
             bad = counted(self.bad_rows, "row")
             return (
@@ -74,6 +78,13 @@ class Chosen:
             "skip_bad_rows": self.skip_bad_rows,
             "columns": self.columns,
         }
+
+
+def _stamp(chosen: Chosen, settings: Settings) -> str:
+    try:
+        return folder_of(chosen.file, settings, columns=chosen.columns).name
+    except OSError:
+        return ""
 
 
 def rows_of(chosen: Chosen, settings: Settings) -> Inspected:

@@ -13,6 +13,7 @@ from qlora_core.data.detection import Detection
 from qlora_core.data.files import SUFFIXES
 from qlora_core.data.formats import detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
+from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import LOWEST
 from qlora_core.data.rows import counted
 from qlora_core.errors import DatasetError, LabError
@@ -161,7 +162,7 @@ class DataTab:
         self.read_columns.click(self.take_columns, columns, self.outputs, **hidden)
         self.eval_file.upload(self.take_eval, [self.eval_file, self.chosen], self.outputs, **hidden)
         self.near.click(self.find_near, [self.chosen, self.similarity], self.outputs, **hidden)
-        self.timer.tick(self.tick, [self.job, self.chosen], self.outputs, **hidden)
+        self.timer.tick(self.tick, [self.job, self.chosen, self.looked], self.outputs, **hidden)
 
     def on_load(self, demo: gr.Blocks, hidden: dict[str, Any]) -> None:
         """What the page opens with, looked at: what this browser chose last, or the example."""
@@ -238,7 +239,8 @@ class DataTab:
             packed = chosen.file.suffix.lower() in (".gz", ".parquet")
             if size > LARGE_BYTES / (10 if packed else 1) and not (folder / REPORT).exists():
                 columns = ["--columns", chosen.columns] if chosen.columns else []
-                return self._watch(jobs.start(["inspect", chosen.path, "--keep", "--json", *columns], self.settings))
+                arguments = ["inspect", str(chosen.file), "--keep", "--json", *columns]
+                return {**self._watch(jobs.start(arguments, self.settings, again=True)), self.looked: chosen}
             return self._looked(chosen, rows_of(chosen, self.settings))
         except LabError as error:
             problems = error.problems
@@ -250,7 +252,13 @@ class DataTab:
 
     def _looked(self, chosen: Chosen, rows: Inspected) -> dict[Any, Any]:
         report = rows.report
-        kept = replace(chosen, path=chosen.path if report.rows else "", rows=report.rows, bad_rows=report.bad_rows)
+        kept = replace(
+            chosen,
+            path=chosen.path if report.rows else "",
+            rows=report.rows,
+            bad_rows=report.bad_rows,
+            stamp=rows.folder.name,
+        )
         return {
             self.remembered: to_remember(chosen, self.settings),
             self.chosen: kept,
@@ -301,7 +309,7 @@ class DataTab:
             return {self.near_found: hint("Choose a dataset first.")}
         columns = ["--columns", chosen.columns] if chosen.columns else []
         near = ["--near-duplicates", f"{float(similarity or 0.8):g}"]
-        job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings)
+        job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings, again=True)
         return {**self._watch(job), self.near_found: "", self.problems: gr.skip()}
 
     def _columns_of(self, detection: Detection, chosen: Chosen) -> dict[Any, Any]:
@@ -360,7 +368,7 @@ class DataTab:
             self.cancel: gr.Button(visible=False),
         }
 
-    def tick(self, job_id: str, chosen: Chosen) -> dict[Any, Any]:
+    def tick(self, job_id: str, chosen: Chosen, looked: Chosen) -> dict[Any, Any]:
         job = jobs.find(job_id, self.settings)
         progress = job.progress() if job else None
         if job is None or progress is None:
@@ -374,13 +382,20 @@ class DataTab:
             if "--near-duplicates" in job.arguments and chosen.path and str(chosen.file) == path:
                 similarity = float(job.arguments[job.arguments.index("--near-duplicates") + 1])
                 found = near_html(rows_of(chosen, self.settings), similarity, self.settings)
-                blocked = bool(chosen.problem())
+                blocked = bool(chosen.problem(self.settings))
                 return {**self._quiet(), self.near_found: found, self.use: _use(chosen, blocked),
                         self.remembered: to_remember(chosen, self.settings)}  # fmt: skip
+            if looked.path and str(looked.file) == path:  # with its file to evaluate on
+                return self.look(looked)
             columns = job.arguments[job.arguments.index("--columns") + 1] if "--columns" in job.arguments else ""
-            return self.look(Chosen(path=path, columns=columns))
+            is_set = (Path(path).parent / LINEAGE).is_file()
+            return self.look(Chosen(path=str(Path(path).parent) if is_set else path, columns=columns))
         remembered = to_remember(chosen, self.settings)
-        quiet = {**self._quiet(), self.remembered: remembered, self.use: _use(chosen, bool(chosen.problem()))}
+        quiet = {
+            **self._quiet(),
+            self.remembered: remembered,
+            self.use: _use(chosen, bool(chosen.problem(self.settings))),
+        }
         if progress.state == jobs.CANCELLED:
             told = f"Cancelled while {progress.doing}; the dataset above stays." if progress.doing else "Cancelled."
             return {**quiet, self.progress: hint(told)}

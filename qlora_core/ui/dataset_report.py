@@ -171,7 +171,7 @@ def near_html(kept: Inspected, similarity: float, settings: Settings) -> str:
 
 def download_link(path: Path, settings: Settings, name: str) -> str:
     """A link to a copy below `downloads`, the one folder that the app gives files from."""
-    copy = settings.downloads / f"{path.parent.name}-{name}"
+    copy = settings.downloads / f"{path.parent.name}-{path.name}"
     if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

@@ -1,5 +1,7 @@
 """The Prepare panel of the Data tab: settings of a preparation -> a job; its outcome as counts, downloads and a push."""
 
+import hashlib
+import json
 import os
 import re
 import secrets
@@ -123,8 +125,10 @@ class PreparePanel:
         given |= {"columns": chosen.columns, "skip_bad_rows": chosen.skip_bad_rows}
         given |= {"template": template, "base_model": base_model}
         sources = [chosen.path]
-        if chosen.is_prepared:
-            sources = PreparedSet.load(Path(chosen.path)).sources()
+        if chosen.is_prepared:  # again from what it was made of, read as it was read
+            made = PreparedSet.load(Path(chosen.path))
+            sources, before = made.sources(), made.lineage["preparation"]
+            given |= {name: before[name] for name in ("columns", "skip_bad_rows")}
         preparation = Preparation.from_mapping(given, where="Prepare")
         out = self.settings.home / "datasets" / safe_name(name or chosen.name)
         return ["prepare", *sources, "--out", str(out), "--json", *command_options(preparation)]
@@ -226,7 +230,9 @@ def command_options(preparation: Preparation) -> list[str]:
 
 def merge_job(paths: list[Path], settings: Settings, *, columns: str, skip_bad_rows: bool) -> jobs.Job:
     """Several files as one dataset, every row as it is, with its file's name in the column `source`."""
-    name = safe_name("+".join(dict.fromkeys(path.name.partition(".")[0] for path in paths)))[:80]
+    stems = safe_name("+".join(dict.fromkeys(path.name.partition(".")[0] for path in paths)))[:80]
+    # Uploads lie in folders named by their content: other files of the same names are another dataset.
+    name = f"{stems}-{hashlib.sha256(json.dumps(sorted(map(str, paths))).encode()).hexdigest()[:6]}"
     preparation = Preparation(
         normalise=False, duplicates="keep", eval_fraction=0, shuffle=False, columns=columns, skip_bad_rows=skip_bad_rows
     )

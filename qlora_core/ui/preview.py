@@ -38,8 +38,11 @@ def warm_up(settings: Settings) -> None:
         architecture.read(models.BUNDLED, settings)
 
 
-def tokenizer_of(how: How, settings: Settings) -> Any:
-    """Of a model on the Hub only its tokenizer is fetched. Raises ModelError, ConfigError."""
+def tokenizer_of(how: How, settings: Settings, rows: Inspected | None = None) -> Any:
+    """Of a model on the Hub only its tokenizer is fetched; a typed template is first tried on the rows.
+
+    Raises ModelError, ConfigError.
+    """
     return load_tokenizer(
         architecture.tokenizer_folder(how.base_model or "", settings), how.template or templates.MODEL
     )
@@ -59,8 +62,9 @@ def examples(rows: Inspected) -> Iterator[Example]:
 
 def lengths(chosen: Chosen, how: How, settings: Settings) -> RowFacts:
     """Token lengths and more of the first SAMPLED_ROWS usable rows. Raises DatasetError, ModelError, ConfigError."""
-    tokenizer_of(how, settings)
-    return _lengths(rows_of(chosen, settings), how, settings)
+    rows = rows_of(chosen, settings)
+    tokenizer_of(how, settings, rows)
+    return _lengths(rows, how, settings)
 
 
 @lru_cache(maxsize=16)
@@ -76,8 +80,9 @@ def shared_rows(chosen: Chosen, eval_path: Path, settings: Settings) -> tuple[in
 
 def row_html(chosen: Chosen, number: int, how: How, *, max_seq_length: int, settings: Settings) -> str:
     """Row `number` (from 1) as coloured tokens. Raises DatasetError, ModelError, ConfigError."""
-    tokenizer = tokenizer_of(how, settings)
-    example = rows_of(chosen, settings).row(number)
+    rows = rows_of(chosen, settings)
+    tokenizer = tokenizer_of(how, settings, rows)
+    example = rows.row(number)
     rendered = render(example, tokenizer, loss_on=how.loss_on)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return tokens_html(rendered, special, max_seq_length)

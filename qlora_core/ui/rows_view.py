@@ -36,6 +36,7 @@ class RowsView:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.row = gr.State(1)
+        self.told = gr.State("")
         gr.HTML('<div class="lab-step"><i>2</i>What the model will see</div>')
         config = TrainConfig()
         with gr.Row(equal_height=True, elem_classes="lab-choices"):
@@ -80,8 +81,8 @@ class RowsView:
             button.click(move, [chosen, self.row], self.row, **hidden).then(
                 self.show_row, row_inputs, row_outputs, **hidden
             )
-        self.find.submit(self.find_row, [chosen, self.row, self.find], self.row, **hidden).success(
-            self.show_found, [*row_inputs, self.find], row_outputs, **hidden
+        self.find.submit(self.find_row, [chosen, self.row, self.find], [self.row, self.told], **hidden).success(
+            self.show_found, [self.told, *row_inputs], row_outputs, **hidden
         )
         looked_at = [chosen, *how, cut]
         gr.on(
@@ -119,25 +120,29 @@ class RowsView:
             return row
         return (rows.longest() if longest else rows.shortest()) or row
 
-    def find_row(self, chosen: Chosen, row: int, wanted: str) -> Any:
-        """The row with that number, or the next one that holds the text; the same row where there is none."""
+    def find_row(self, chosen: Chosen, row: int, wanted: str) -> tuple[Any, str]:
+        """(row, what is told): the row with that number, or the next one that holds the text; else the same row."""
         wanted = (wanted or "").strip()
         if not wanted or not chosen.path:
-            return gr.skip()
+            return gr.skip(), ""
         if wanted.isdecimal() and 1 <= int(wanted) <= chosen.rows:
-            return int(wanted)
+            return int(wanted), ""
         deadline = time.monotonic() + SEARCH_SECONDS
-        return rows_of(chosen, self.settings).search(wanted, row, keep_on=lambda: time.monotonic() < deadline) or row
+        try:
+            rows = rows_of(chosen, self.settings)
+            found = rows.search(wanted, row, keep_on=lambda: time.monotonic() < deadline)
+        except (LabError, OSError):
+            return row, "The file is no longer there"
+        if found is None:
+            late = time.monotonic() >= deadline
+            told = f"“{wanted[:60]}” was not found in {SEARCH_SECONDS} s" if late else f"No row has “{wanted[:60]}”"
+            return row, told
+        return found, ""
 
-    def show_found(self, chosen: Chosen, row: int, *rest: Any) -> tuple[str, str]:
-        *how, cut, wanted = rest
-        shown, place = self.show_row(chosen, row, *how, cut)
-        wanted = (wanted or "").strip()
-        if not chosen.path or not wanted or (wanted.isdecimal() and int(wanted) == row):
-            return shown, place
-        if wanted.casefold() not in rows_of(chosen, self.settings).row(row).text.casefold():
-            place = f'<p class="lab-warn">No row has “{esc(wanted[:60])}”</p>'
-        return shown, place
+    def show_found(self, told: str, *shown_with: Any) -> tuple[str, str]:
+        """The row, and beside it what the search has to tell."""
+        shown, place = self.show_row(*shown_with)
+        return shown, f'<p class="lab-warn">{esc(told)}</p>' if told else place
 
     def show_row(
         self, chosen: Chosen, row: int, base_model: str, template: str, loss_on: str, max_seq_length: float

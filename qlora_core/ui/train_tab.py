@@ -167,7 +167,7 @@ class TrainTab:
         named = dict(zip(form.SPECS, values, strict=True))
         base_model = named["base_model"]
         try:
-            if problem := chosen.problem():
+            if problem := chosen.problem(self.settings):
                 raise ConfigError(problem)
             looked = self.advice.look(chosen, How(base_model, named["template"], named["loss_on"]))
             try:
@@ -236,7 +236,7 @@ class TrainTab:
         return [form.to_form(name, getattr(config, name)) for name in form.SPECS]
 
     def _config(self, chosen: Chosen, values: tuple[Any, ...]) -> TrainConfig:
-        if problem := chosen.problem():
+        if problem := chosen.problem(self.settings):
             raise ConfigError(problem)
         named = dict(zip(form.SPECS, values, strict=True))
         named["dataset_license"] = named["dataset_license"] or chosen.license()
