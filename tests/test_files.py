@@ -4,10 +4,13 @@ import csv
 import gzip
 import io
 import json
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,11 +18,12 @@ from helpers import FUZZED, ROOT, alpaca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_core.data import tables
 from qlora_core.data.files import kind_of
 from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
 from qlora_core.data.limits import Limits
-from qlora_core.data.rows import Example
+from qlora_core.data.rows import Example, Problem
 from qlora_core.errors import DatasetError
 
 ROWS = [alpaca(1, input='é😀, "quoted"\nsecond line'), alpaca(2), alpaca(3, output="  = spaced  ")]
@@ -256,6 +260,89 @@ def test_a_parquet_bomb_stops_at_the_limit(tmp_path: Path, packed: bool) -> None
     path = written(tmp_path, "rows.parquet", gzip.compress(content) if packed else content)
     with pytest.raises(DatasetError, match="once it is unpacked"):
         inspect(path, limits=Limits(1_000_000, 100_000_000))
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import pyarrow.parquet
+from qlora_core.data.inspection import inspect
+report = inspect(Path(sys.argv[1]))
+print(report.rows, report.bad_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def measured(path: Path) -> tuple[int, int, int]:
+    """(rows, bad rows, peak bytes) of an inspection in a process of its own."""
+    found = subprocess.run([sys.executable, "-c", MEASURED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows, bad_rows, peak_bytes = map(int, found.stdout.split())
+    return rows, bad_rows, peak_bytes
+
+
+@pytest.mark.parametrize("in_list", [False, True], ids=["rows", "list"])
+def test_a_large_text_that_parquet_repeats_is_unpacked_a_few_times_at_most(tmp_path: Path, in_list: bool) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["x" * 4_000_000]))
+    if in_list:
+        column = pa.ListArray.from_arrays(pa.array([0, 400], pa.int32()), column)
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 1000
+    rows, bad_rows, peak_bytes = measured(path)
+    assert (rows, bad_rows) == (0, 1 if in_list else 400) and peak_bytes < 600_000_000
+
+
+def test_a_parquet_column_of_more_values_than_memory_holds_is_refused(tmp_path: Path) -> None:
+    numbers = pa.array([7], pa.int8()).take(pa.array(np.zeros(1000, np.int64)))
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": ["a"], "numbers": pa.ListArray.from_arrays([0, 1000], numbers)}), path)
+    assert inspect(path).rows == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "PARQUET_GROUP_BYTES", 3999)
+        with pytest.raises(DatasetError, match="has 1,000 values in one row group; write it in smaller"):
+            inspect(path)
+
+
+def test_parquet_values_are_the_same_whichever_way_they_are_read(tmp_path: Path) -> None:
+    words = ["", "é", "x" * 300, None]
+    rows = [
+        {
+            "prompt": f"question {n}",
+            "completion": "y" * (4000 if n % 11 == 0 else 1),
+            "words": [words[n % 4], words[(n + 1) % 4]] * (n % 3) if n % 5 else None,
+            "parts": {"a": {"b": words[n % 3]}, "number": n} if n % 4 else None,
+            "truth": bool(n % 2),
+        }
+        for n in range(3000)
+    ]
+    table = pa.Table.from_pylist(rows)
+    kinds = {"short": pa.binary(3), "view": pa.string_view(), "large": pa.large_string()}
+    for name, kind in kinds.items():
+        table = table.append_column(name, pa.array([None if n % 3 else "abc" for n in range(3000)]).cast(kind))
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path, row_group_size=1000)
+    expected = [
+        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items() if k not in ("prompt", "completion")}
+        for row in table.to_pylist()
+        if len(row["completion"]) == 1
+    ]
+    for at_once in (64_000_000, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tables, "PARQUET_BYTES", at_once)
+            patch.setattr(tables, "SLICE_BYTES", at_once)
+            read = list(read_rows(path, limits=Limits(3000))[1])
+        found = [row for row in read if isinstance(row, Example)]
+        assert [row.columns for row in found] == expected
+        assert len(read) == 3000 and {type(row) for row in read} == {Example, Problem}
+        large = [row.line for row in read if isinstance(row, Problem)]
+        assert large == [n + 1 for n, row in enumerate(rows) if len(row["completion"]) > 1]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "prompt"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DatasetError, match="rows.parquet: has more than one column 'prompt'; rename one"):
+        inspect(tmp_path / "rows.parquet")
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
