@@ -182,6 +182,7 @@ def _differences(parts: Sequence[Part], method: str) -> list[str]:
     for what, values, remedy in (
         ("bases", [part.base[0] for part in parts], "combine runs of one base model and revision"),
         ("methods", [part.precision for part in parts], "combine runs that trained on the base in the same precision"),
+        ("templates", [part.run.config().template for part in parts], "their adapters answer to different prompts"),
     ):
         if len(set(values)) > 1:
             problems.append(f"the runs have different {what}: {_each(parts, values)}; {remedy}")

@@ -162,6 +162,12 @@ def test_bases_of_one_name_must_have_the_same_weights(tmp_path: Path, parts: lis
     assert "bases of one name but different weights" in problems([parts[0], changed], [1, 1])[0]
 
 
+def test_adapters_of_different_templates_do_not_belong_together(tmp_path: Path, parts: list[Run]) -> None:
+    other = trained(tmp_path, "three", template="chatml")
+    (found,) = problems([parts[0], other], [1, 1])
+    assert f"different templates: {parts[0].run_id} model, {other.run_id} chatml; their adapters answer" in found
+
+
 def test_four_bits_must_be_the_same_four_bits(tmp_path: Path) -> None:
     runs = [trained(tmp_path, kind, method="qlora", quant_type=kind) for kind in ("nf4", "fp4")]
     assert "qlora (fp4, double quantisation)" in problems(runs, [1, 1])[0]
