@@ -1,6 +1,7 @@
 """Personal data: real-world notations are found and masked, what only looks like them stays, and no text takes long. Only
 published test numbers: example.com, 555-01xx and what Ofcom, ARCEP and libphonenumber give as examples."""
 
+import json
 import subprocess
 import sys
 import time
@@ -151,16 +152,67 @@ def test_masked_text(text: str, masked: str) -> None:
     assert mask(text)[0] == masked
 
 
+PIECES = st.sampled_from([text for _, text in FOUND + NAMED] + INNOCENT.split("|"))
+GLUED = st.lists(PIECES | st.text(max_size=4) | st.sampled_from(" -.,:/()+@#[]0123456789"), max_size=8).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ('{"card": 4111111111111111}', '{"card": "[CARD]"}'),
+        ("[4111111111111111,\n 1.5]\n", '["[CARD]",\n 1.5]\n'),
+        ('{"phone": "4155550123", "id": 4155550123}', '{"phone": "[PHONE]", "id": 4155550123}'),
+        ('{"ssn": [536904399, "536904399"]}', '{"ssn": ["[NATIONAL_ID]", "[NATIONAL_ID]"]}'),
+        (r'{"a": "x\njane@example.com", "b": "\u006aane@example.com"}', r'{"a": "x\n[EMAIL]", "b": "[EMAIL]"}'),
+        ('{"jane@example.com":"Grüße, jane@example.com"}', '{"[EMAIL]":"Grüße, [EMAIL]"}'),
+        (r'{"a": "{\"card\": 4111111111111111}"}', r'{"a": "{\"card\": \"[CARD]\"}"}'),
+        (r'["\ud83d jane@example.com é"]', r'["\ud83d [EMAIL] \u00e9"]'),
+        ("{card: 4111111111111111}", "{card: [CARD]}"),
+        ("4111111111111111", "[CARD]"),
+        (r'{"a" :  "\u00e9", "n": 12345678901234567890}', r'{"a" :  "\u00e9", "n": 12345678901234567890}'),
+    ],
+)
+def test_json_stays_json(text: str, masked: str) -> None:
+    assert mask(text)[0] == masked and mask(masked)[0] == masked
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.floats(allow_nan=False) | st.integers() | GLUED | st.just(4111111111111111),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(GLUED, inner, max_size=4),
+        max_leaves=8,
+    ),
+    st.booleans(),
+)
+def test_any_json_stays_json_of_the_same_shape(value: object, ascii_only: bool) -> None:
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    masked, counts = mask(text)
+    if isinstance(value, (list, dict)):
+        assert len(json.loads(masked)) <= len(value)
+        assert (masked == text) == (not counts) and mask(masked) == (masked, Counter())
+
+
+@pytest.mark.parametrize("unit", ['"1",', '"a": "1", ', "1,", "[", '{"a":', '"\\\\'])
+def test_a_megabyte_of_json_takes_seconds(unit: str) -> None:
+    text = unit * (1_000_000 // len(unit))
+    for whole in (f'[{text}"x"]', f'{{{text}"x": 1}}'):
+        began = time.process_time()
+        mask(whole)
+        assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("text", ["+4915112345678", "+4917612345678", "+447911123456"])
+def test_a_phone_with_a_plus_is_no_card(text: str) -> None:
+    assert mask(text)[0] == "[PHONE]"
+
+
 def test_kinds_that_are_not_asked_for_stay_and_are_not_taken_for_others() -> None:
     text = "jane@example.com 4111 1111 1111 1111 192.0.2.1 1 85 05 78 006 084 91"
     assert mask(text, {"email"}) == (text.replace("jane@example.com", "[EMAIL]"), Counter(email=1))
     assert find(text, {"phone"}) == [] == find(text, ())
     with pytest.raises(ValueError, match=r"unknown kinds of personal data: \['e-mail'\]; choose from email, phone"):
         find(text, {"e-mail"})
-
-
-PIECES = st.sampled_from([text for _, text in FOUND + NAMED] + INNOCENT.split("|"))
-GLUED = st.lists(PIECES | st.text(max_size=4) | st.sampled_from(" -.,:/()+@#[]0123456789"), max_size=8).map("".join)
 
 
 @settings(max_examples=500, deadline=None)

@@ -3,6 +3,7 @@
 Names and postal addresses are not looked for.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -41,19 +42,72 @@ def find(text: str, kinds: Collection[str] = KINDS) -> list[Found]:
 
 
 def mask(text: str, kinds: Collection[str] = KINDS) -> tuple[str, Counter[str]]:
-    """The text with "[EMAIL]" for an e-mail and so on, and how many of each kind. Masking it again changes nothing more."""
+    """The text with "[EMAIL]" for an e-mail and so on, and how many of each kind. Masking it again changes nothing more.
+
+    A text that is a JSON object or array stays one: a number in it that is masked becomes a string.
+    """
+    return _mask_json(text, kinds) if _is_json(text) else _mask_plain(text, kinds)
+
+
+def _mask_plain(text: str, kinds: Collection[str], before: str = "") -> tuple[str, Counter[str]]:
+    """`before` stands before the text and may name what is in it; it stays as it is."""
     counts: Counter[str] = Counter()
     for _ in range(PASSES):
-        found = find(text, kinds)
+        found = [span for span in find(before + text, kinds) if span.start >= len(before)]
         if not found:
             break
-        pieces, end = [], 0
+        pieces, end = [], len(before)
+        whole = before + text
         for span in found:
-            pieces += [text[end : span.start], f"[{span.kind.upper()}]"]
+            pieces += [whole[end : span.start], f"[{span.kind.upper()}]"]
             end = span.end
-        text = "".join(pieces) + text[end:]
+        text = "".join(pieces) + whole[end:]
         counts.update(span.kind for span in found)
     return text, counts
+
+
+JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|-?[0-9][0-9.eE+-]*+')
+JSON_COLON = re.compile(r"[ \t\r\n]*+:")
+MAY_HOLD = re.compile(r"[0-9@\\]|[^\x00-\x7f]")
+HALVES = re.compile("[\ud800-\udfff]")
+
+
+def _is_json(text: str) -> bool:
+    """Whether the text is a JSON object or array; a number alone is plain text."""
+    ends = text.strip(" \t\r\n")
+    if (ends[:1], ends[-1:]) not in (("{", "}"), ("[", "]")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _mask_json(text: str, kinds: Collection[str]) -> tuple[str, Counter[str]]:
+    """Masks keys, strings and numbers one by one, each value behind its key, and leaves all between them as it is."""
+    counts: Counter[str] = Counter()
+    key = ""
+
+    def masked(token: re.Match[str]) -> str:
+        nonlocal key
+        written = token[0]
+        is_key = written[0] == '"' and JSON_COLON.match(text, token.end()) is not None
+        if not is_key and not MAY_HOLD.search(written):
+            return written
+        value = json.loads(written) if written[0] == '"' else written
+        if written[0] == '"' and not is_key and _is_json(value):
+            changed, found = _mask_json(value, kinds)
+        else:
+            changed, found = _mask_plain(value, kinds, "" if is_key or not key else f"{key}: ")
+        if is_key:
+            key = changed[-WORD_DISTANCE:]
+        if changed == value:
+            return written
+        counts.update(found)
+        return json.dumps(changed, ensure_ascii=written.isascii() or HALVES.search(changed) is not None)
+
+    return JSON_TOKEN.sub(masked, text), counts
 
 
 def engine_name() -> str:
@@ -91,12 +145,15 @@ def _claims(text: str) -> Iterator[Found]:
         yield from _ibans(text)
         yield from lettered_ids(text)
     starts = [start.start() for start in START.finditer(text)] if LONG.search(text) else []
+    called = list(phones(text, starts))
+    # Nothing but a phone is written with a plus, and a phone may have the digits of a card.
+    yield from (found for found in called if text[found.start] == "+")
     yield from _cards(text, starts)
     yield from numbered_ids(text, starts)
     named = list(_behind_words(text))
     yield from (found for found in named if found.kind == "national_id")
     yield from _addresses(text)
-    yield from phones(text, starts)
+    yield from called
     yield from (found for found in named if found.kind == "phone")
 
 
