@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,11 +19,16 @@ from qlora_core.tokens import load_tokenizer, render_many
 
 CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 20, 60, 6_000_000_000
 REMEMBERED = 64
+_TRYING = threading.Lock()
 
 
 def check_trial(template: str, tokenizer_folder: Path, rows: Inspected) -> None:
     """Raises ConfigError where a typed template takes too long or too much for the rows that the page looks at."""
-    if template not in TEMPLATES and not _passes(template, tokenizer_folder, rows.folder):
+    if template in TEMPLATES:
+        return
+    with _TRYING:  # several parts of the page ask at once, and one trial answers all
+        passes = _passes(template, tokenizer_folder, rows.folder)
+    if not passes:
         raise ConfigError(
             f"template: takes more than {CPU_SECONDS} s, or {MEMORY_BYTES / 1e9:.0f} GB, for {SAMPLED_ROWS:,} rows; does a loop "
             "never end, or repeat the text?"
