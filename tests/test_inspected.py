@@ -12,6 +12,7 @@ from qlora_core.data.inspected import Inspected, inspect_into, near_duplicates
 from qlora_core.data.inspection import inspect
 from qlora_core.data.listing import safe_cell
 from qlora_core.data.scripts import scripts_of
+from qlora_core.runs import lock
 
 
 @pytest.fixture
@@ -72,6 +73,44 @@ def test_near_duplicates_are_a_second_pass_with_its_own_time(tmp_path: Path) -> 
     found = near_duplicates(kept, 0.8, lambda done, total: None)
     assert (found["count"], found["pairs"][0]["line"], found["pairs"][0]["first_line"]) == (1, 2, 1)
     assert found["seconds"] >= 0 and (kept.folder / "near_duplicates-0.8.csv").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"count": 1'])
+def test_near_duplicates_that_a_crash_has_cut_are_looked_for_again(kept: Inspected, text: str) -> None:
+    found = near_duplicates(kept, 0.8, lambda done, total: None)
+    (kept.folder / "near_duplicates-0.8.json").write_text(text)
+    again = near_duplicates(kept, 0.8, lambda done, total: None)
+    assert (again["count"], again["pairs"]) == (found["count"], found["pairs"])
+    assert not list(kept.folder.glob("*.json.*"))
+
+
+@pytest.mark.parametrize("name", ["report.json", "digests.npy", "offsets.npy"])
+def test_an_inspection_that_a_crash_has_cut_is_made_again(kept: Inspected, tmp_path: Path, name: str) -> None:
+    (kept.folder / name).write_bytes(b"")
+    assert inspect_into(tmp_path / "rows.jsonl", settings_in(tmp_path)).report.rows == 4
+
+
+def test_rows_of_an_evaluation_file_are_counted_whatever_is_kept(kept: Inspected, tmp_path: Path) -> None:
+    path, home = tmp_path / "rows.jsonl", settings_in(tmp_path)
+    for count, rows in ((1, [alpaca(1), alpaca(99)]), (2, [alpaca(3), alpaca(1)]), (0, [alpaca(7)])):
+        held_out = write_rows(tmp_path / f"eval{count}.jsonl", rows)
+        assert inspect_into(path, home, eval_path=held_out).report.eval_rows_also_here == count
+    assert inspect_into(path, home).report.eval_rows_also_here is None
+    by_hand = write_rows(tmp_path / "q.jsonl", [{"q": "Question 1?", "a": "Answer 1."}, {"q": "x", "a": "y"}])
+    for other in (by_hand, write_rows(tmp_path / "eval.jsonl", [alpaca(1)])):
+        found = inspect_into(by_hand, home, columns="prompt=q, response=a", eval_path=other)
+        assert found.report.eval_rows_also_here == (2 if other == by_hand else 1)
+
+
+def test_what_a_killed_inspection_left_is_removed_and_what_is_under_way_is_not(kept: Inspected, tmp_path: Path) -> None:
+    parent = kept.folder.parent
+    with lock(parent / ".2-0000.lock"):
+        for name in (".1-0000.partial", ".2-0000.partial"):
+            (parent / name).mkdir()
+        inspect_into(write_rows(tmp_path / "other.jsonl", [alpaca(5)]), settings_in(tmp_path))
+        assert [path.name for path in parent.glob(".*.partial")] == [".2-0000.partial"]
+    inspect_into(write_rows(tmp_path / "third.jsonl", [alpaca(6)]), settings_in(tmp_path))
+    assert not list(parent.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import secrets
 import shutil
 import time
 from array import array
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ import orjson
 
 from qlora_core.data.detection import parse_columns
 from qlora_core.data.files import Watch, kind_of
+from qlora_core.data.formats import detection_of
 from qlora_core.data.inspection import LISTED, DatasetReport, inspect, short_digest
 from qlora_core.data.listing import Listing, write_listing
 from qlora_core.data.near_duplicates import NearDuplicates
 from qlora_core.data.rows import Example, Problem
+from qlora_core.runs import lock, sync
 from qlora_core.settings import Settings
 
 # Changes with what is written here.
-VERSION = 2
+VERSION = 3
 REPORT, ROWS, PROBLEMS, DUPLICATES = "report.json", "rows.jsonl", "problems.csv", "duplicates.csv"
 
 
@@ -42,17 +45,29 @@ def folder_of(path: Path, settings: Settings, *, columns: str = "") -> Path:
 def inspect_into(
     path: Path, settings: Settings, *, columns: str = "", eval_path: Path | None = None, watch: Watch | None = None
 ) -> "Inspected":
-    """Inspect the file and keep all of it; what is kept already is returned at once. Raises DatasetError."""
+    """Inspect the file and keep all of it; what is kept already is returned at once. Raises DatasetError.
+
+    The rows of `eval_path` are looked for in it; it is inspected and kept, too.
+    """
     kind_of(path)
     if columns:
         parse_columns(columns)
     folder = folder_of(path, settings, columns=columns)
-    if (folder / REPORT).exists():
-        return Inspected(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
-    partial.mkdir()
-    try:
+    kept = Inspected(folder)
+    if not kept.is_whole():
+        _inspect_into(folder, path, settings, columns, watch)
+        kept = Inspected(folder)
+    if eval_path is None:
+        return kept
+    # As in training, the chosen columns are those of a file in no known form.
+    known = bool(columns) and detection_of(eval_path, settings.limits).form
+    other = inspect_into(eval_path, settings, columns="" if known else columns, watch=watch)
+    return replace(kept, eval_rows_also_here=int(np.isin(other.digests, kept.digests).sum()))
+
+
+def _inspect_into(folder: Path, path: Path, settings: Settings, columns: str, watch: Watch | None) -> None:
+    with ExitStack() as stack:
+        partial = stack.enter_context(_partial_folder(folder.parent))
         offsets, characters, digests = array("q", [0]), array("q"), array("Q")
         with (partial / ROWS).open("wb") as rows, Listing(partial / PROBLEMS, ("line", "kind", "problem")) as problems:
 
@@ -69,7 +84,6 @@ def inspect_into(
                 path,
                 limits=settings.limits,
                 columns=columns,
-                eval_path=eval_path,
                 on_row=keep,
                 on_problem=list_problem,
                 watch=watch,
@@ -79,11 +93,34 @@ def inspect_into(
         np.save(partial / "digests.npy", np.array(digests, np.uint64))
         write_listing(partial / DUPLICATES, ("line", "line of the first equal row"), report.duplicates)
         (partial / REPORT).write_bytes(orjson.dumps(report.to_json()))
+        for file in partial.iterdir():
+            sync(file)
+        if folder.exists() and not Inspected(folder).is_whole():
+            shutil.rmtree(folder)
         if not folder.exists():
             partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Inspected(folder)
+
+
+@contextmanager
+def _partial_folder(parent: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, unless it was renamed. What killed processes have left is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = parent / f".{os.getpid()}-{secrets.token_hex(4)}.partial"
+    owner = partial.with_suffix(".lock")  # held as long as someone works in the folder
+    with ExitStack() as stack:
+        with lock(parent.with_name(f".{parent.name}.lock"), wait=True):
+            for left in parent.glob(".*.partial"):
+                with lock(left.with_suffix(".lock")) as held:
+                    if held is not None:
+                        shutil.rmtree(left, ignore_errors=True)
+                        left.with_suffix(".lock").unlink(missing_ok=True)
+            stack.enter_context(lock(owner))
+            partial.mkdir()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            owner.unlink(missing_ok=True)
 
 
 def _bytes(example: Example) -> bytes:
@@ -99,10 +136,19 @@ class Inspected:
     """What `inspect_into` has kept."""
 
     folder: Path
+    eval_rows_also_here: int | None = None
 
     @cached_property
     def report(self) -> DatasetReport:
-        return DatasetReport.from_json(orjson.loads((self.folder / REPORT).read_bytes()))
+        report = DatasetReport.from_json(orjson.loads((self.folder / REPORT).read_bytes()))
+        return replace(report, eval_rows_also_here=self.eval_rows_also_here)
+
+    def is_whole(self) -> bool:
+        """Whether it is there, and no crash of the machine has emptied its report or its arrays."""
+        try:
+            return self.report.rows == len(self) == len(self.digests) == len(self.characters)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+            return False
 
     @cached_property
     def _offsets(self) -> np.ndarray:
@@ -155,7 +201,7 @@ class Inspected:
 def near_duplicates(kept: Inspected, threshold: float, report: Callable[[int, int], None]) -> dict[str, Any]:
     """Rows that are like an earlier one: how many, the first of them, and how long it took. All stand in near_duplicates.csv."""
     begun, path = time.monotonic(), kept.folder / f"near_duplicates-{threshold:g}.json"
-    if path.exists():
+    with suppress(OSError, ValueError):
         return json.loads(path.read_text())
     near = NearDuplicates(threshold=threshold)
     with (kept.folder / ROWS).open("rb") as rows:
@@ -177,7 +223,10 @@ def near_duplicates(kept: Inspected, threshold: float, report: Callable[[int, in
         "not_fully_compared": near.not_fully_compared,
         "seconds": round(time.monotonic() - begun, 2),
     }
-    path.write_text(json.dumps(found))
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    partial.write_text(json.dumps(found))
+    sync(partial)
+    partial.rename(path)
     return found
 
 
