@@ -87,7 +87,8 @@ def test_near_duplicates_that_a_crash_has_cut_are_looked_for_again(kept: Inspect
 @pytest.mark.parametrize("name", ["report.json", "digests.npy", "offsets.npy"])
 def test_an_inspection_that_a_crash_has_cut_is_made_again(kept: Inspected, tmp_path: Path, name: str) -> None:
     (kept.folder / name).write_bytes(b"")
-    assert inspect_into(tmp_path / "rows.jsonl", settings_in(tmp_path)).report.rows == 4
+    again = inspect_into(tmp_path / "rows.jsonl", settings_in(tmp_path))
+    assert again.report.rows == len(again) == len(again.digests) == 4
 
 
 def test_rows_of_an_evaluation_file_are_counted_whatever_is_kept(kept: Inspected, tmp_path: Path) -> None:
