@@ -39,7 +39,7 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_row_bytes, self.max_dataset_bytes)
+        return Limits(self.max_row_bytes, self.max_dataset_bytes, 2 * self.max_rows)
 
     @property
     def runs(self) -> Path:

@@ -18,13 +18,14 @@ from helpers import FUZZED, ROOT, alpaca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.data import tables
+from qlora_core.data import inspection, tables
 from qlora_core.data.files import kind_of
 from qlora_core.data.formats import read_rows
 from qlora_core.data.inspection import DatasetReport, inspect
 from qlora_core.data.limits import Limits
 from qlora_core.data.rows import Example, Problem
 from qlora_core.errors import DatasetError
+from qlora_core.settings import Settings
 
 ROWS = [alpaca(1, input='é😀, "quoted"\nsecond line'), alpaca(2), alpaca(3, output="  = spaced  ")]
 
@@ -260,6 +261,36 @@ def test_a_parquet_bomb_stops_at_the_limit(tmp_path: Path, packed: bool) -> None
     path = written(tmp_path, "rows.parquet", gzip.compress(content) if packed else content)
     with pytest.raises(DatasetError, match="once it is unpacked"):
         inspect(path, limits=Limits(1_000_000, 100_000_000))
+
+
+def test_a_file_of_more_rows_than_allowed_is_refused_whatever_they_are(tmp_path: Path) -> None:
+    assert Settings(max_rows=7).limits.rows == 14
+    limits = Limits(rows=9)
+    for name, content in (
+        ("rows.jsonl", as_lines([alpaca(n) for n in range(10)])),
+        ("bad.jsonl", b"x\n" * 10),
+        ("blank.jsonl", as_lines(ROWS) + b"\n" * 7),
+        ("rows.csv", as_table([alpaca(n) for n in range(10)], ",")),
+        ("rows.json", json.dumps([alpaca(n) for n in range(10)]).encode()),
+        ("rows.parquet", as_parquet([alpaca(n) for n in range(10)])),
+    ):
+        path = written(tmp_path, name, content)
+        assert inspect(path, limits=Limits(rows=10)).read in (10, len(ROWS))
+        with pytest.raises(DatasetError, match=f"{name}: has more than 9 rows.*QLORA_LAB_MAX_ROWS"):
+            inspect(path, limits=limits)
+
+
+def test_of_very_many_problems_all_are_counted_and_the_first_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "MOST_PROBLEMS_LISTED", 3)
+    listed: list[Problem] = []
+    report = inspect(written(tmp_path, "rows.jsonl", as_lines(ROWS) + b"x\n" * 5), on_problem=listed.append)
+    assert [problem.line for problem in listed] == [4, 5, 6] and list(report.problem_lines) == [4, 5, 6, 7, 8]
+    assert (report.bad_rows, report.problems_listed, report.to_json()["problems_listed"]) == (5, 3, 3)
+    assert "5 problems · the first 3 of them are listed" in report.summary()
+    report = inspect(written(tmp_path, "rows.jsonl", as_lines(ROWS) + b"x\n" * 3))
+    assert report.problems_listed == 3 and "listed" not in report.summary()
 
 
 MEASURED = """

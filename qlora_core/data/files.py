@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_core.data.json_rows import array_elements, parsed
-from qlora_core.data.limits import Limits, file_too_large, rest_of_line, too_large
+from qlora_core.data.limits import Limits, file_too_large, rest_of_line, too_large, too_many_rows
 from qlora_core.data.rows import LINE, ROW, BlankLine, Problem, Record, Records, Unusable
 from qlora_core.data.tables import delimiter_of, parquet_records, table_records
 from qlora_core.errors import DatasetError
@@ -98,7 +98,7 @@ def kind_of(path: Path) -> FileKind:
 def read_records(path: Path, limits: Limits, *, watch: Watch | None = None) -> Records:
     """Every record of the file in order. A damaged row is a Problem; what comes after it is read on where it can be.
 
-    Raises DatasetError as `kind_of` does, and where the file is larger than the limits allow.
+    Raises DatasetError as `kind_of` does, and where the file is larger or has more rows than the limits allow.
     """
     kind = kind_of(path)
     with ExitStack() as stack:
@@ -122,6 +122,8 @@ def read_records(path: Path, limits: Limits, *, watch: Watch | None = None) -> R
             for number, record in enumerate(records):
                 if watch and number % WATCH_EVERY == 0:
                     watch(packed.tell(), size)
+                if number >= limits.rows:
+                    raise too_many_rows(path.name, limits.rows)
                 last = record.line
                 yield record
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

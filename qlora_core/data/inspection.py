@@ -17,8 +17,8 @@ from qlora_core.data.limits import DEFAULT_LIMITS, Limits
 from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.scripts import scripts_of
 
-# Problems and duplicates that a report holds; a listing on disk holds all.
-LISTED = 1000
+# Problems and duplicates that a report holds; and problems that `on_problem` gets, for a list on disk.
+LISTED, MOST_PROBLEMS_LISTED = 1000, 200_000
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,17 @@ class DatasetReport:
         """Rows of the file, whatever they are; blank lines are none."""
         return self.rows + self.bad_rows
 
+    @property
+    def problems_listed(self) -> int:
+        """How many problems `on_problem` got: the first of them, where there are very many."""
+        return min(self.bad_rows, MOST_PROBLEMS_LISTED)
+
     def summary(self) -> str:
         """One line: "support_tickets.jsonl · 240 rows · Alpaca columns · 0 problems · 3 duplicates"."""
         parts = [self.file_name, counted(self.rows, "usable row"), self.form or "no known form"]
         parts.append(counted(self.bad_rows, "problem"))
+        if self.problems_listed < self.bad_rows:
+            parts.append(f"the first {self.problems_listed:,} of them are listed")
         parts.append(counted(self.duplicate_rows, "duplicate"))
         if self.blank_lines:
             parts.append(counted(self.blank_lines, "blank line"))
@@ -77,6 +84,7 @@ class DatasetReport:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "problem_lines"}
         return values | {
             "form": self.form,
+            "problems_listed": self.problems_listed,
             "detection": asdict(self.detection),
             "problems": [{"line": p.line, "kind": p.kind, "message": p.message} for p in self.problems],
             "duplicates": [{"line": line, "first_line": first} for line, first in self.duplicates[:LISTED]],
@@ -105,7 +113,8 @@ def inspect(
 ) -> DatasetReport:
     """Read the whole file once, and `eval_path`, whose rows are looked for in it, too.
 
-    `on_row` and `on_problem` get every row as it is read. Raises DatasetError where nothing of the file can be read.
+    `on_row` gets every row as it is read, `on_problem` the first MOST_PROBLEMS_LISTED. Raises DatasetError where nothing of
+    the file can be read.
     """
     begun = time.monotonic()
     kind = kind_of(path)
@@ -139,7 +148,7 @@ def inspect(
             problem_lines.append(row.line)
             if len(problems) < LISTED:
                 problems.append(row)
-            if on_problem:
+            if on_problem and len(problem_lines) <= MOST_PROBLEMS_LISTED:
                 on_problem(row)
     shared = None
     if eval_path is not None:

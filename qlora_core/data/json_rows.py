@@ -17,6 +17,10 @@ FORMS_HELP = (
 CHUNK = 1 << 20
 # As many as there are keys, and one more for each text that begins with a colon or has `":` in it.
 _KEY_ENDS = re.compile(rb'"[ \t\r\n]*+:')
+# Letters that no JSON value begins with, nor what `json` takes for one.
+_BEGINS_NONE = frozenset(
+    bytes([letter]) for letter in range(128) if chr(letter).isalpha() and chr(letter) not in "tfnNI"
+)
 _LONG_NUMBER = re.compile(rb"\d{19}")
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
@@ -31,6 +35,8 @@ def parsed(raw: bytes) -> tuple[dict[str, Any], bool]:
     orjson reads it; only what it refuses, and rows in which a key might occur twice, are read again by the slower
     `json`, which says what is wrong and where.
     """
+    if raw[:1] in _BEGINS_NONE and raw.isascii() and b"\x00" not in raw:
+        raise Unusable("not JSON", "is not JSON: Expecting value at character 1")  # without two readers that say so
     try:
         values = orjson.loads(raw)
     except (orjson.JSONDecodeError, RecursionError):

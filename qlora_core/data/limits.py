@@ -8,10 +8,12 @@ from qlora_core.errors import DatasetError
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may grow to: bytes of one row, and of the whole file once it is unpacked."""
+    """What a file may grow to: bytes of one row, and of the whole file once it is unpacked, and its rows, be they usable,
+    damaged or blank."""
 
     row_bytes: int = 1_000_000
     file_bytes: int = 20_000_000_000
+    rows: int = 10_000_000
 
 
 DEFAULT_LIMITS = Limits()
@@ -25,6 +27,13 @@ def file_too_large(name: str, limit: int) -> DatasetError:
     return DatasetError(
         f"{name}: has more than {limit:,} bytes once it is unpacked; take a part of it, or raise "
         "QLORA_LAB_MAX_DATASET_BYTES if it is meant"
+    )
+
+
+def too_many_rows(name: str, limit: int) -> DatasetError:
+    return DatasetError(
+        f"{name}: has more than {limit:,} rows, damaged and blank ones counted, which is twice what QLORA_LAB_MAX_ROWS lets "
+        "a run train on; take a part of it, or raise QLORA_LAB_MAX_ROWS if it is meant"
     )
 
 
