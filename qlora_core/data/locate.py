@@ -49,7 +49,10 @@ def locate(config: TrainConfig, settings: Settings, *, token: str | None = None)
     if not (data / LINEAGE).is_file():
         origin = hub_source.origin_of(data)
         return Located(_licensed(config, origin.get("license")), data, eval_data, origin)
-    lineage = json.loads((data / LINEAGE).read_text())
+    try:
+        lineage = json.loads((data / LINEAGE).read_text())
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{data / LINEAGE}: cannot be read ({error}); prepare the dataset again") from None
     held_out = data / "eval.jsonl"
     eval_data = eval_data or (held_out if held_out.exists() else None)
     origin = {name: lineage.get(name) for name in ("name", "version", "fingerprint", "license")}

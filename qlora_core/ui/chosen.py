@@ -1,6 +1,7 @@
 """The dataset that Start will use, and its rows: an upload, an example, a fetched Hub dataset or a prepared one."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ class Chosen:
 
     def license(self) -> str:
         """The licence that comes with the rows; empty where none is known."""
-        known = PreparedSet.load(Path(self.path)).lineage if self.is_prepared else origin_of(self.file)
-        return known.get("license") or ""
+        with suppress(DatasetError):  # what is damaged is told where it is chosen
+            known = PreparedSet.load(Path(self.path)).lineage if self.is_prepared else origin_of(self.file)
+            return known.get("license") or ""
+        return ""
 
     def problem(self, settings: Settings) -> str | None:
         """Why Start cannot use it, with the remedy; None when it can."""
