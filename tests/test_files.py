@@ -192,6 +192,17 @@ def test_a_quote_that_is_never_closed_swallows_nothing_unsaid(tmp_path: Path, te
     for limits in (Limits(200), Limits()):
         report = table_report(tmp_path, text, limits)
         assert report.rows >= 1 and "quote" in report.problems[0].message and report.problems[0].line == 3
+        assert report.rows + report.bad_rows == len(text.splitlines()) - 1, "each line is a row or a problem"
+        lines = list(report.problem_lines)
+        assert lines == list(range(3, 3 + len(lines))) and len(report.problem_counts) == 1
+
+
+def test_a_row_of_a_table_that_does_not_end_is_held_up_to_the_limit(tmp_path: Path) -> None:
+    content = b"prompt,completion\n" + (b"," * 900_000 + b'"\n"') * 200 + b"\n" + b"a,b\n" * 10
+    path = written(tmp_path, "bomb.csv.gz", gzip.compress(content))
+    assert path.stat().st_size < 1_000_000
+    rows, bad_rows, peak_bytes = measured(path)
+    assert rows >= 1 and bad_rows > 100 and peak_bytes < 300_000_000
 
 
 def test_a_header_in_another_encoding_is_told(tmp_path: Path) -> None:
@@ -294,12 +305,14 @@ def test_of_very_many_problems_all_are_counted_and_the_first_are_listed(
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import pyarrow.parquet
 from qlora_core.data.inspection import inspect
 report = inspect(Path(sys.argv[1]))
-print(report.rows, report.bad_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not what getrusage tells, which begins with the parent's.
+peak_kib = re.search("VmHWM: *[\\t]* *([0-9]+) kB", Path("/proc/self/status").read_text())[1]
+print(report.rows, report.bad_rows, int(peak_kib) * 1024)
 """
 
 

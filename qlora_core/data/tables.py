@@ -24,26 +24,36 @@ def delimiter_of(text: bytes) -> str:
     return max(",;\t|", key=lambda mark: (header.count(mark), mark == ","))
 
 
+class _Unending(Exception):
+    """A row goes on and on: its quote is not closed, or it is too large."""
+
+
 class _TableLines:
-    """Lines as csv wants them; what the csv reader cannot tell of them is kept until its row is made."""
+    """Lines as csv wants them; what the csv reader cannot tell of them is kept until its row is made. `__next__` raises
+    _Unending where a row has more bytes than are allowed and wants another line, so no more than two rows' are held."""
 
     def __init__(self, file: BinaryIO, row_bytes: int) -> None:
         self._file, self._row_bytes = file, row_bytes
         self.number, self.bytes, self.problem = 0, 0, ""
 
-    def __iter__(self) -> Iterator[str]:
-        while raw := self._file.readline(self._row_bytes + 2):
-            self.number += 1
-            self.bytes += len(raw)
-            if len(raw) > self._row_bytes + 1:
-                self.bytes += rest_of_line(self._file, raw) - len(raw)
-                yield "\n"
-                continue
-            try:
-                yield raw.decode()
-            except UnicodeDecodeError as error:
-                self.problem = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8"
-                yield raw.decode(errors="replace")
+    def __iter__(self) -> "_TableLines":
+        return self
+
+    def __next__(self) -> str:
+        if self.bytes > self._row_bytes + 2:
+            raise _Unending
+        if not (raw := self._file.readline(self._row_bytes + 2)):
+            raise StopIteration
+        self.number += 1
+        self.bytes += len(raw)
+        if len(raw) > self._row_bytes + 1:
+            self.bytes += rest_of_line(self._file, raw) - len(raw)
+            return "\n"
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            self.problem = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8"
+            return raw.decode(errors="replace")
 
     def of_row(self) -> tuple[int, str]:
         """(bytes, problem) since the last row."""
@@ -54,13 +64,15 @@ class _TableLines:
 
 def table_records(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> Records:
     lines = _TableLines(file, limits.row_bytes)
-    csv.field_size_limit(limits.row_bytes)
+    csv.field_size_limit(2 * limits.row_bytes + 4)  # never reached, see _TableLines
     # Strict, or a quote that is not closed would swallow the rows after it without a word.
-    reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        header = [cell.strip() for cell in next(row for row in reader if any(cell.strip() for cell in row))]
-    except (csv.Error, StopIteration) as error:
-        raise DatasetError(f"{name}: its header cannot be read ({error or 'there is none'})") from None
+        while not any(header := [cell.strip() for cell in next(reader)]):
+            lines.of_row()
+    except (csv.Error, StopIteration, _Unending) as error:
+        why = "a quote is not closed" if isinstance(error, _Unending) else error or "there is none"
+        raise DatasetError(f"{name}: its header cannot be read ({why})") from None
     if problem := lines.of_row()[1]:
         raise DatasetError(f"{name}: its header cannot be read: {problem}")
     header = [cell or f"column {number}" for number, cell in enumerate(header, 1)]
@@ -72,11 +84,18 @@ def table_records(file: BinaryIO, name: str, delimiter: str, limits: Limits) -> 
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
+        except (csv.Error, _Unending) as error:
             lines.of_row()
             reached = f", up to line {lines.number:,}," if lines.number > line else ""
-            told = f"cannot be read{reached} as {len(header)} cells: {error}; is a quote unclosed, or not doubled?"
-            yield Problem(line, "not a table row", told)
+            if isinstance(error, _Unending):
+                kind, why = "row too large", f"it has more than {limits.row_bytes:,} bytes"
+            else:
+                kind, why = "not a table row", str(error)
+            told = f"cannot be read{reached} as {len(header)} cells: {why}; is a quote unclosed, or not doubled?"
+            yield Problem(line, kind, told)
+            # Each may have been a row.
+            for inside in range(line + 1, lines.number + 1):
+                yield Problem(inside, kind, f"cannot be read: a quote in line {line:,} goes on in this line")
             continue
         size, problem = lines.of_row()
         if size > limits.row_bytes + 2:
