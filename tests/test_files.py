@@ -382,6 +382,29 @@ def test_parquet_values_are_the_same_whichever_way_they_are_read(tmp_path: Path)
         assert large == [n + 1 for n, row in enumerate(rows) if len(row["completion"]) > 1]
 
 
+EVERY_BYTE = """
+import sys
+from pathlib import Path
+from qlora_core.data.formats import read_rows
+from qlora_core.errors import DatasetError
+path = Path(sys.argv[1])
+content = path.read_bytes()
+for place in range(len(content)):
+    for value in (content[place] ^ 1, 0):
+        path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+        try:
+            list(read_rows(path)[1])
+        except DatasetError:
+            pass
+"""
+
+
+def test_no_damaged_byte_of_a_parquet_file_ends_the_process(tmp_path: Path) -> None:
+    path = written(tmp_path, "rows.parquet", as_parquet(ROWS))
+    found = subprocess.run([sys.executable, "-c", EVERY_BYTE, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["prompt", "completion", "prompt"])
     pq.write_table(table, tmp_path / "rows.parquet")

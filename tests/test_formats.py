@@ -18,6 +18,7 @@ from qlora_core.tokens import load_tokenizer, prompt_ids, render
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+HI = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -83,7 +84,9 @@ def test_sharegpt_function_calls_become_tool_calls(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "not text"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}, "wrong type"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1]}]}, "wrong type"),
-        ({"messages": "[1"}, "no messages"),
+        ({"messages": "[1"}, "not JSON"),
+        ({"messages": HI, "tools": "[{'name': 'f'}]"}, "not JSON"),
+        ({"messages": [*HI, {"role": "assistant", "content": "x", "tool_calls": "[{'name': 'f'}]"}]}, "not JSON"),
         ({"text": "  "}, "empty text"),
         ({"text": "a", "deep": nested(200)}, "nested too deeply"),
         (
@@ -99,6 +102,33 @@ def test_sharegpt_function_calls_become_tool_calls(tmp_path: Path) -> None:
 def test_what_no_conversation_can_be_made_of_is_told(tmp_path: Path, row: dict[str, Any], kind: str) -> None:
     (problem,) = read(tmp_path, [row])
     assert isinstance(problem, Problem) and problem.kind == kind and problem.line == 1
+
+
+HALF = r'"\ud800"'
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": f'[{{"role": "user", "content": {HALF}}}, {{"role": "assistant", "content": "b"}}]'},
+        {"messages": f'[{{"role": "user", "content": "a", "x": {HALF}}}, {{"role": "assistant", "content": "b"}}]'},
+        {"messages": HI, "tools": f'[{{"name": {HALF}}}]'},
+        {"messages": [*HI, {"role": "assistant", "tool_calls": f'{{"name": "f", "arguments": {{"a": {HALF}}}}}'}]},
+        {"messages": [*HI, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": f'{{"a": {HALF}}}'}]}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": f'{{"name": "f", "arguments": {{"a": {HALF}}}}}'},
+            ]
+        },
+    ],
+)
+def test_half_a_character_in_json_inside_of_a_text_is_told(tmp_path: Path, row: dict[str, Any]) -> None:
+    report = inspect(write_rows(tmp_path / "rows.jsonl", [row, row]))
+    assert [(problem.line, problem.kind) for problem in report.problems] == [
+        (1, "control character"),
+        (2, "control character"),
+    ]
 
 
 def test_conversational_prompt_and_completion_are_joined(tmp_path: Path) -> None:

@@ -135,13 +135,14 @@ def _example(record: Record, detection: Detection) -> Example:
             raise Unusable("two system prompts", f"has {system!r} and a system message; keep one")
         messages = (Message("system", text), *messages)
     rest = {name: value for name, value in values.items() if name not in used} if len(values) > len(used) else {}
+    rest |= reader.unread
     if too_deep(rest):
         raise Unusable(
             "nested too deeply", f"a column that is not read nests more than {MOST_LEVELS} levels; flatten it"
         )
-    if rest and not record.is_clean and _HALVES.search(json.dumps(rest, ensure_ascii=False, default=str)):
+    if rest and not reader.is_clean and _HALVES.search(json.dumps(rest, ensure_ascii=False, default=str)):
         raise Unusable("control character", "a column that is not read holds half of a surrogate pair; remove it")
-    return Example(record.line, messages, extra, detection.form or "", rest | reader.unread, tools)
+    return Example(record.line, messages, extra, detection.form or "", rest, tools)
 
 
 class _Reader:
@@ -190,8 +191,8 @@ class _Reader:
         """The tools that the conversation may call, as JSON text; empty without any."""
         value = self.values.get(name) if name else None
         if isinstance(value, str) and value.strip():
-            value = _json_value(value)
-        if value in (None, "", []):
+            value = self._json(value, what=repr(name))
+        if value in (None, "", []) or (isinstance(value, str) and not value.strip()):
             return ""
         if too_deep(value):
             raise Unusable("nested too deeply", f"{name!r} nests more than {MOST_LEVELS} levels; flatten it")
@@ -203,8 +204,21 @@ class _Reader:
         value = self.values.get(name)
         # Tables and Parquet files often hold the conversation as JSON text.
         if isinstance(value, str) and value.lstrip().startswith("["):
-            value = _json_value(value)
+            value = self._json(value, what=repr(name))
         return self._conversation(value, name)
+
+    def _json(self, text: str, *, what: str = "") -> Any:
+        """What the text says as JSON. Where it says nothing so: None, or Unusable with `what` it is."""
+        # What is escaped in the text was hidden when the row was found to be clean.
+        self.is_clean = self.is_clean and "\\" not in text
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            if not what:
+                return None
+            raise Unusable(
+                "not JSON", f"{what} is the text {shown(text)}, which is not JSON; write it as JSON"
+            ) from None
 
     def _conversation(self, value: Any, name: str) -> tuple[Message, ...]:
         if not isinstance(value, list) or not value:
@@ -235,7 +249,7 @@ class _Reader:
         calls = self._calls(number, item.get("tool_calls") or item.get("function_call"))
         if item.get("tool_calls") and item.get("function_call"):
             self.unread.setdefault("function_call of messages", item["function_call"])
-        if said == "function_call" and isinstance(content, str) and (call := _json_value(content)) is not None:
+        if said == "function_call" and isinstance(content, str) and (call := self._json(content)) is not None:
             calls, content = self._calls(number, call), None
         if isinstance(content, list):
             content = self._parts(number, content)
@@ -261,9 +275,9 @@ class _Reader:
 
     def _calls(self, number: int, value: Any) -> str:
         """Tool calls of a message as JSON text: arguments as an object, which is what chat templates expect."""
-        if isinstance(value, str):  # as Parquet files hold it
-            value = _json_value(value)
-        if not value:
+        if isinstance(value, str) and value.strip():  # as Parquet files hold it
+            value = self._json(value, what=f"message {number}: 'tool_calls'")
+        if not value or (isinstance(value, str) and not value.strip()):
             return ""
         calls = []
         for call in value if isinstance(value, list) else [value]:
@@ -273,7 +287,7 @@ class _Reader:
                     "wrong type", f"message {number} has a tool call {shown(call)}; expected a function's name"
                 )
             arguments = function.get("arguments", {})
-            if isinstance(arguments, str) and isinstance(found := _json_value(arguments), dict):
+            if isinstance(arguments, str) and isinstance(found := self._json(arguments), dict):
                 arguments = found
             for key, part in call.items():
                 if key not in ("function", "name", "arguments") and part is not None:
@@ -346,11 +360,3 @@ def too_deep(value: Any) -> bool:
         ):
             return False
     return True
-
-
-def _json_value(text: str) -> Any:
-    """What the text says as JSON, or None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -1,6 +1,7 @@
 """The rows of a table -> its records, one at a time: CSV, TSV, Parquet. Knows no form of conversations, and opens no file."""
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -132,7 +133,7 @@ def parquet_records(file: BinaryIO, name: str, limits: Limits) -> Records:
         raise too_much
     try:
         for number, group in enumerate(groups):
-            table, rows_at_once = _bounded(file, group, schema, name)
+            table, rows_at_once = _bounded(file, group, number, schema, name)
             for batch in table.iter_batches(rows_at_once, [number], use_threads=False):
                 sizes = sum(map(_sizes, batch.columns), np.zeros(batch.num_rows, np.int64))
                 for begin, end in _slices(sizes, limits.row_bytes):
@@ -156,14 +157,57 @@ def _column_names(names: list[str], file_name: str) -> list[str]:
     return names
 
 
-def _bounded(file: BinaryIO, group: Any, schema: Any, name: str) -> tuple[Any, int]:
+class _Closed(io.RawIOBase):
+    """A file that can be read until it is closed to readers."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.is_closed_to_readers = file, False
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if self.is_closed_to_readers:
+            raise OSError(_CLOSED)
+        return self._file.read(size)
+
+
+_CLOSED = "closed to readers"
+
+
+def _check_columns(file: BinaryIO, group: int) -> None:
+    """Raises what reading the group would, where what the file tells of its columns is damaged: asked for it directly,
+    pyarrow ends the process. It is found before the first byte of the columns is read."""
+    import pyarrow.parquet as pq
+
+    closed = _Closed(file)
+    table = pq.ParquetFile(closed, buffer_size=1 << 20)
+    closed.is_closed_to_readers = True
+    try:
+        next(table.iter_batches(1, [group], use_threads=False), None)
+    except OSError as error:
+        if _CLOSED not in str(error):
+            raise
+
+
+def _bounded(file: BinaryIO, group: Any, number: int, schema: Any, name: str) -> tuple[Any, int]:
     """(the file, opened to read this group so that no text of a list is unpacked twice; rows to read at once)."""
     import pyarrow.parquet as pq
 
+    _check_columns(file, number)
     # Bytes of one row: of what has a fixed width, and with texts as long as the whole dictionary.
     fixed, most, by_reference, texts = 1, 1, False, []
-    for number in range(group.num_columns):
-        column, leaf = group.column(number), schema.column(number)
+    for place in range(group.num_columns):
+        column, leaf = group.column(place), schema.column(place)
         width = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "FIXED_LEN_BYTE_ARRAY": leaf.length}.get(leaf.physical_type, 8)
         is_text = leaf.physical_type == "BYTE_ARRAY"
         longest = _dictionary_bytes(file, column) if is_text and column.has_dictionary_page else 0
