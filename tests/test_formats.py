@@ -9,7 +9,7 @@ from helpers import CHATML, alpaca, tokenizer_folder, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.data.detection import ALPACA, BY_HAND, MESSAGES, SHAREGPT, TEXT, detect, parse_columns
+from qlora_core.data.detection import ALPACA, BY_HAND, MESSAGES, SHAREGPT, TEXT, columns_text, detect, parse_columns
 from qlora_core.data.formats import read_rows, row_of
 from qlora_core.data.inspection import inspect
 from qlora_core.data.rows import Example, Message, Problem
@@ -102,6 +102,41 @@ def test_sharegpt_function_calls_become_tool_calls(tmp_path: Path) -> None:
 def test_what_no_conversation_can_be_made_of_is_told(tmp_path: Path, row: dict[str, Any], kind: str) -> None:
     (problem,) = read(tmp_path, [row])
     assert isinstance(problem, Problem) and problem.kind == kind and problem.line == 1
+
+
+@given(names=st.lists(st.text(), min_size=2, max_size=2, unique=True))
+def test_a_column_of_any_name_can_be_chosen(names: list[str]) -> None:
+    columns = dict(zip(("prompt", "response"), names, strict=True))
+    assert parse_columns(columns_text(columns)) == columns
+
+
+def test_names_with_commas_stand_in_quotes(tmp_path: Path) -> None:
+    columns = {"prompt": "question, short", "response": "answer", "input": 'a "b", c=d '}
+    text = 'prompt="question, short", response=answer, input="a ""b"", c=d "'
+    assert parse_columns(text) == columns and columns_text(columns) == text
+    assert parse_columns('prompt=6" pipe, response=a=b,') == {"prompt": '6" pipe', "response": "a=b"}
+    (row,) = read(tmp_path, [{name: "x" for name in columns.values()}], columns=text)
+    assert turns(row) == [("user", "x"), ("assistant", "x")]
+
+
+def test_input_is_empty_only_where_there_is_one(tmp_path: Path) -> None:
+    without = {"instruction": "a", "output": "b"}
+    assert inspect(write_rows(tmp_path / "rows.jsonl", [without, without])).empty_fields == {}
+    assert inspect(write_rows(tmp_path / "rows.jsonl", [without | {"input": ""}])).empty_fields == {"input": 1}
+
+
+def test_the_evaluation_file_is_read_by_the_same_columns(tmp_path: Path) -> None:
+    rows = [{"text": "t", "q": f"question {n}", "a": "answer"} for n in range(3)]
+    path, columns = write_rows(tmp_path / "rows.jsonl", rows), "prompt=q, response=a"
+
+    def shared(rows: list[Any]) -> int | None:
+        found = inspect(path, columns=columns, eval_path=write_rows(tmp_path / "eval.jsonl", rows))
+        return found.eval_rows_also_here
+
+    assert shared(rows[:2]) == 2
+    assert shared([{"prompt": "question 1", "completion": "answer"}]) == 1
+    with pytest.raises(DatasetError, match="no row has a column 'q'"):
+        shared([{"z": "question 1"}])
 
 
 HALF = r'"\ud800"'

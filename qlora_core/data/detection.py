@@ -1,5 +1,6 @@
 """The form that a file's rows have, by the columns in them: known, chosen by hand, or proposed. Knows no file, makes no example."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from qlora_core.errors import DatasetError
 
 ALPACA, PROMPT_COMPLETION, MESSAGES = "Alpaca columns", "prompt/completion", "chat messages"
 SHAREGPT, TEXT, BY_HAND = "ShareGPT conversations", "plain text", "columns chosen by hand"
+_QUOTED_PART = re.compile(r'\s*+(?P<role>\w*+)\s*+=\s*+"(?P<name>(?:[^"]|"")*+)"\s*+(?:,|\Z)')
 # What a column can be for. The first four make a conversation of one turn.
 COLUMN_ROLES = ("prompt", "response", "input", "system", "messages", "tools", "text")
 # Names that other datasets have for the same; proposed, never taken without a word.
@@ -111,11 +113,20 @@ def detect(rows: Sequence[dict[str, Any]], *, columns: str = "") -> Detection:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """ "prompt=question, response=answer" -> role: column. Raises DatasetError naming all that is wrong."""
-    columns, problems = {}, []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        role, found, name = (piece.strip() for piece in part.partition("="))
-        if not found or not name or role not in COLUMN_ROLES:
+    """ "prompt=question, response=answer" -> role: column. A name with a comma in it stands in double quotes, which are
+    doubled where they are part of it. Raises DatasetError naming all that is wrong."""
+    columns, problems, place = {}, [], 0
+    while place < len(text):
+        if quoted := _QUOTED_PART.match(text, place):
+            part, place = quoted[0], quoted.end()
+            role, found, name = quoted["role"], "=", quoted["name"].replace('""', '"')
+        else:
+            part, _, _ = text[place:].partition(",")
+            place += len(part) + 1
+            role, found, name = (piece.strip() for piece in part.partition("="))
+        if not (part := part.strip(" \t\r\n,")):
+            continue
+        if not found or not (name or quoted) or role not in COLUMN_ROLES:
             problems.append(f"columns: {part!r} is no role=column; roles are {', '.join(COLUMN_ROLES)}")
         elif role in columns:
             problems.append(f"columns: {role} is given twice")
@@ -134,6 +145,16 @@ def parse_columns(text: str) -> dict[str, str]:
     if problems:
         raise DatasetError(*problems)
     return columns
+
+
+def columns_text(columns: dict[str, str]) -> str:
+    """What `parse_columns` reads as these columns."""
+
+    def written(name: str) -> str:
+        is_plain = name == name.strip() and name and "," not in name and not name.startswith('"')
+        return name if is_plain else '"' + name.replace('"', '""') + '"'
+
+    return ", ".join(f"{role}={written(name)}" for role, name in columns.items())
 
 
 def _by_hand(chosen: dict[str, str], names: tuple[str, ...]) -> Detection:

@@ -16,6 +16,7 @@ from qlora_core.data.formats import read_rows
 from qlora_core.data.limits import DEFAULT_LIMITS, Limits
 from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.scripts import scripts_of
+from qlora_core.errors import DatasetError
 
 # Problems and duplicates that a report holds; and problems that `on_problem` gets, for a list on disk.
 LISTED, MOST_PROBLEMS_LISTED = 1000, 200_000
@@ -119,6 +120,7 @@ def inspect(
     begun = time.monotonic()
     kind = kind_of(path)
     detection, rows = read_rows(path, limits=limits, columns=columns, watch=watch)
+    has_input = any(name in detection.seen for name in detection.columns.get("input", ()))
     lines, digests, problem_lines = array("q"), array("Q"), array("q")
     problems: list[Problem] = []
     kinds: Counter[str] = Counter()
@@ -136,7 +138,7 @@ def inspect(
             if row.columns:
                 ignored.update(row.columns.keys())
                 empty.update(name for name, value in row.columns.items() if value is None or value == "")
-            if not row.input and "input" in detection.columns:
+            if has_input and not row.input:
                 empty["input"] += 1
             scripts.update(scripts_of(text))
             if on_row:
@@ -200,7 +202,12 @@ def _duplicates(lines: array, digests: array) -> tuple[tuple[int, int], ...]:
 
 def _shared(digests: array, eval_path: Path, *, limits: Limits, columns: str) -> int:
     """How many of the other file's rows are rows of this one."""
-    other = array(
-        "Q", (short_digest(row) for row in read_rows(eval_path, limits=limits)[1] if isinstance(row, Example))
-    )
+    try:
+        rows = read_rows(eval_path, limits=limits, columns=columns)[1]
+    except DatasetError:
+        # The evaluation file may lack the columns and be of a known form.
+        detection, rows = read_rows(eval_path, limits=limits)
+        if not detection.form:
+            raise
+    other = array("Q", (short_digest(row) for row in rows if isinstance(row, Example)))
     return int(np.isin(np.frombuffer(other, np.uint64), np.frombuffer(digests, np.uint64)).sum()) if other else 0
