@@ -1,6 +1,7 @@
 """A dataset file of any kind -> its records, one at a time: JSONL, a JSON array, CSV, TSV, Parquet, each also as .gz.
 
-Knows no format of conversations. Holds no more than one row, of Parquet a batch, whatever the file claims to be.
+Knows no format of conversations. Holds no more than two rows, of Parquet a batch (where lists repeat texts, the texts of a
+row group once), whatever the file claims to be.
 """
 
 import gzip

@@ -222,7 +222,7 @@ def _bounded(file: BinaryIO, group: Any, number: int, schema: Any, name: str) ->
     if not by_reference:
         return pq.ParquetFile(file, buffer_size=1 << 20), max(1, min(PARQUET_BATCH, PARQUET_BYTES // most))
     # Each batch comes with all texts that the group had so far, so there are few.
-    at_once = min(max(PARQUET_BATCH, group.num_rows // 16), PARQUET_BYTES // fixed)
+    at_once = min(max(PARQUET_BATCH, group.num_rows // 6), PARQUET_BYTES // fixed)
     return pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=texts), max(1, at_once)
 
 
