@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from qlora_core import jobs
 from qlora_core.cli_options import add_options, given_options, print_json
+from qlora_core.data.detection import columns_text
 from qlora_core.data.hub_source import PREFIX, HubDataset, fetch
 from qlora_core.data.inspected import inspect_into, near_duplicates
 from qlora_core.data.inspection import DatasetReport, inspect
@@ -159,8 +161,7 @@ def _print(report: DatasetReport, near: dict[str, Any] | None) -> None:
     print(report.summary())
     print(f"  {report.kind}; {report.detection.reason}")
     if report.detection.proposal:
-        told = ", ".join(f"{role}={name}" for role, name in report.detection.proposal.items())
-        print(f"  likely: --columns {told!r}")
+        print(f"  likely: --columns {shlex.quote(columns_text(report.detection.proposal))}")
     for what, counts in (("rows with letters of", report.scripts), ("empty", report.empty_fields)):
         if counts:
             print(f"  {what} {', '.join(f'{name}: {count:,}' for name, count in list(counts.items())[:8])}")

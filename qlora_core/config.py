@@ -31,7 +31,9 @@ class TrainConfig(Options):
     )
     eval_data: str | None = option(None, "file to evaluate on; else rows are held out", optional=True, group="data")
     columns: str = option(
-        "", "which columns are read where the names are others: prompt=question, response=answer", group="data"
+        "",
+        'which columns are read where the names are others: prompt=question, response="the answer, in full"',
+        group="data",
     )
     eval_fraction: float = option(
         0.1, "share of rows held out for evaluation when no evaluation file is given", above=0, most=0.5, group="data"

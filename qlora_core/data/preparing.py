@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qlora_core.data import prepared_set
-from qlora_core.data.detection import Detection
+from qlora_core.data.detection import Detection, columns_text
 from qlora_core.data.files import kind_of
 from qlora_core.data.formats import detection_of, free_name, read_rows
 from qlora_core.data.hub_source import PREFIX, HubDataset, fetch, origin_of
@@ -307,7 +307,7 @@ class _Work:
             named = (p if p.startswith(source.path.name) else f"{source.name}: {p}" for p in error.problems)
             raise DatasetError(*named) from None
         if detection.form is None and detection.seen:
-            likely = ", ".join(f"{role}={name}" for role, name in detection.proposal.items())
+            likely = columns_text(detection.proposal)
             raise DatasetError(
                 f"{source.name}: {detection.reason}; say which column is what (columns: {likely or 'prompt=…, response=…'})"
             )

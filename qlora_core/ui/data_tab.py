@@ -9,7 +9,7 @@ import gradio as gr
 
 from qlora_core import jobs
 from qlora_core.data import hub_source
-from qlora_core.data.detection import Detection
+from qlora_core.data.detection import Detection, columns_text
 from qlora_core.data.files import SUFFIXES
 from qlora_core.data.formats import detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
@@ -222,7 +222,7 @@ class DataTab:
         return get_token()
 
     def take_columns(self, looked: Chosen, several: tuple[tuple[Path, ...], str], *names: str) -> dict[Any, Any]:
-        columns = ", ".join(f"{role}={name}" for role, name in zip(ROLES, names, strict=True) if name)
+        columns = columns_text({role: name for role, name in zip(ROLES, names, strict=True) if name})
         if several[0]:
             return self._merge(several[0], columns)
         return self.look(replace(looked, columns=columns), choosing=True)
