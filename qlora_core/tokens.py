@@ -248,9 +248,10 @@ def _check_written(example: Example, message: Message, response: str, tokenizer:
             f"line {example.line}: the chat template leaves out the call of the tool {unsaid[0]!r}; choose a template that "
             "writes tool_calls, or put the call into the content"
         )
-    for token in tokenizer.added_tokens_decoder.values():
-        response = response.replace(str(token), "")
-    if message.content.strip() and not response.strip():
+    said = message.content
+    for token in map(str, tokenizer.added_tokens_decoder.values()):
+        response, said = response.replace(token, ""), said.replace(token, "")
+    if said.strip() and not response.strip():
         raise DatasetError(
             f"line {example.line}: the chat template leaves the response out, so there is nothing to learn; choose another"
         )
