@@ -14,6 +14,7 @@ from tqdm import tqdm
 from qlora_core import jobs
 from qlora_core.cli_options import add_options, given_options, print_json
 from qlora_core.data.detection import columns_text
+from qlora_core.data.formats import detection_of
 from qlora_core.data.hub_source import PREFIX, HubDataset, fetch
 from qlora_core.data.inspected import inspect_into, near_duplicates
 from qlora_core.data.inspection import DatasetReport, inspect
@@ -53,8 +54,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "push", parents=[common], help="push a prepared dataset to the Hub, private by default"
     )
     command.add_argument("folder", type=Path, metavar="DIR", help="folder of a prepared dataset")
-    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME")
-    command.add_argument("--public", action="store_true", help="for everybody to see")
+    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it is not there, private")
+    command.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
     command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)
     command.set_defaults(command=_push)
 
@@ -111,7 +112,8 @@ def _fetched(
     named: str, options: argparse.Namespace, settings: Settings, token: str | None, report: jobs.Reporter
 ) -> Path:
     if not named.startswith(PREFIX):
-        return Path(os.path.expanduser(named))
+        path = Path(os.path.expanduser(named))
+        return path / "train.jsonl" if (path / LINEAGE).is_file() else path
     found = fetch(
         HubDataset.parse(named),
         settings.home / "hub-datasets",
@@ -130,8 +132,11 @@ def _inspected(path: Path, options: argparse.Namespace, settings: Settings, repo
     def watch(done: int, total: int) -> None:
         report(f"reading {path.name}", done, total, "bytes")
 
+    # Of rows that are all in no known form there is one thing to say.
+    listed = not options.json and (options.columns or detection_of(path, settings.limits).form is not None)
+
     def show(problem: Problem) -> None:
-        if not options.json:
+        if listed:
             print(f"  {problem}")
 
     common = {"columns": options.columns, "eval_path": options.eval_data, "watch": watch}
@@ -195,10 +200,10 @@ def _prepare(options: argparse.Namespace, settings: Settings) -> int:
 
 def _push(options: argparse.Namespace, settings: Settings) -> int:
     reporter, token = jobs.Reporter(_Bar()), _token(options)
-    if not token:
-        raise HubError("no token for the Hub; run `hf auth login`, or set HF_TOKEN, with write permission")
     if not (options.folder / LINEAGE).is_file():
         raise DatasetError(f"{options.folder}: is no prepared dataset; make one with `python -m qlora_core prepare`")
+    if not token:
+        raise HubError("no token for the Hub; run `hf auth login`, or set HF_TOKEN, with write permission")
     lineage = PreparedSet.load(options.folder).lineage
     pushed = push_dataset(
         options.folder,

@@ -12,7 +12,12 @@ def add_options(command: argparse.ArgumentParser, kind: type[Options]) -> None:
     """Every field as an option of the same name."""
     for spec in fields(kind):  # type: ignore[arg-type]
         option = f"--{spec.name.replace('_', '-')}"
-        help_text = spec.metadata["help"].replace("%", "%%")
+        choices = spec.metadata.get("choices", ())
+        told = [
+            *([", ".join(choices)] if choices else []),
+            *([f"default {spec.default}"] if spec.default not in (None, "", ()) else []),
+        ]
+        help_text = (spec.metadata["help"] + (f" ({'; '.join(told)})" if told else "")).replace("%", "%%")
         if spec.type is bool:
             command.add_argument(
                 option, dest=f"config_{spec.name}", action=argparse.BooleanOptionalAction, default=None, help=help_text

@@ -577,7 +577,7 @@ def test_counts_always_add_up(tmp_path_factory: pytest.TempPathFactory, rows: An
         assert str(error)
         return
     steps, lineage = made.lineage["steps"], made.lineage
-    read = steps["read"].get("rows", 0)
+    read = steps["read"].get("usable rows", 0)
     assert read + steps["read"].get("rows left out that have problems", 0) == len(rows)
     dropped = sum(steps.get(step, {}).get("rows dropped", 0) for step in ("duplicates", "near duplicates"))
     dropped += sum(steps.get(step, {}).get("rows left out", 0) for step in ("limit", "large rows"))

@@ -30,13 +30,13 @@ def data_card(lineage: dict[str, Any]) -> str:
         f"{rows['train']:,} rows to train on, {rows['eval']:,} to evaluate on; {lineage['form']}. Prepared with QLoRA Lab.",
         "## Sources",
         _table(
-            ("file", "from", "rows", "form", "licence", "SHA-256"),
+            ("file", "from", "usable rows", "read as", "licence", "SHA-256"),
             [
                 (
                     code(source["name"]),
                     code(source.get("hub") or "a file"),
                     f"{source['rows']:,}",
-                    code(source["form"]),
+                    code(f"{source['form']}: {source['read_as']}"),
                     code(source.get("license") or "unknown"),
                     code(source["sha256"]),
                 )

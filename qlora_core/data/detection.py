@@ -63,7 +63,7 @@ class Detection:
 _KNOWN = {
     MESSAGES: {"messages": ("messages",), "tools": ("tools",)},
     SHAREGPT: {"messages": ("conversations",), "system": ("system",), "tools": ("tools",)},
-    PROMPT_COMPLETION: {"prompt": ("prompt",), "response": ("completion",), "system": ("system",)},
+    PROMPT_COMPLETION: {"prompt": ("prompt",), "response": ("completion", "response"), "system": ("system",)},
     ALPACA: {
         "prompt": ("instruction",),
         "input": ("input", "context"),
@@ -82,7 +82,7 @@ def form_of(values: dict[str, Any]) -> str | None:
         return MESSAGES
     if "conversations" in values:
         return SHAREGPT
-    if "prompt" in values and "completion" in values:
+    if "prompt" in values and ("completion" in values or "response" in values):
         return PROMPT_COMPLETION
     if "instruction" in values:
         return ALPACA
@@ -97,6 +97,8 @@ def detect(rows: Sequence[dict[str, Any]], *, columns: str = "") -> Detection:
     names = tuple(dict.fromkeys(name for values in rows for name in values))
     if columns:
         return _by_hand(parse_columns(columns), names)
+    if not rows:
+        return Detection(None, "there is no row in it that can be read")
     counts = Counter(form for values in rows if (form := form_of(values)))
     if not counts:
         listed = ", ".join(map(repr, names[:8])) or "none"
@@ -155,6 +157,14 @@ def columns_text(columns: dict[str, str]) -> str:
         return name if is_plain else '"' + name.replace('"', '""') + '"'
 
     return ", ".join(f"{role}={written(name)}" for role, name in columns.items())
+
+
+def mapping_for(detection: Detection, columns: str) -> str:
+    """Of several choices of columns, parted by semicolons, the first whose columns the file has; empty without one."""
+    for choice in filter(None, (part.strip() for part in columns.split(";"))):
+        if set(parse_columns(choice).values()) <= set(detection.seen):
+            return choice
+    return ""
 
 
 def _by_hand(chosen: dict[str, str], names: tuple[str, ...]) -> Detection:

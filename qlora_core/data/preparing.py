@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qlora_core.data import prepared_set
-from qlora_core.data.detection import Detection, columns_text
+from qlora_core.data.detection import Detection, columns_text, mapping_for
 from qlora_core.data.files import kind_of
 from qlora_core.data.formats import detection_of, free_name, read_rows
 from qlora_core.data.hub_source import PREFIX, HubDataset, fetch, origin_of
@@ -267,8 +267,8 @@ class _Work:
                     told_why = row.kind if self.masks else row.message
                     self.ledger.change("read", number, row.line, f"left out: {told_why}")
                 else:
-                    begun["rows"] += 1
-                    if begun["rows"] > self.settings.max_rows:
+                    begun["usable rows"] += 1
+                    if begun["usable rows"] > self.settings.max_rows:
                         raise DatasetError(
                             f"{source.name}: with it there are more than {self.settings.max_rows:,} rows; prepare fewer, or "
                             "raise QLORA_LAB_MAX_ROWS"
@@ -293,14 +293,16 @@ class _Work:
         return columns
 
     def _read_source(self, source: Source, doing: str) -> tuple[Detection, Iterator[Example | Problem | BlankLine]]:
-        """Where there are several files, the chosen columns are those of files in no known form."""
+        """Where there are several files, the chosen columns are those of files in no known form; parted by semicolons, each
+        takes the first choice that it has the columns of."""
 
         def watch(done: int, total: int) -> None:
             self.report(f"{doing} {source.name}", done, total, "bytes")
 
         columns, limits = self.preparation.columns, self.settings.limits
-        if columns and len(self.sources) > 1 and detection_of(source.path, limits).form:
-            columns = ""
+        if columns and len(self.sources) > 1:
+            told = detection_of(source.path, limits)
+            columns = "" if told.form else mapping_for(told, columns)
         try:
             detection, rows = read_rows(source.path, limits=limits, columns=columns, watch=watch)
         except DatasetError as error:

@@ -123,7 +123,8 @@ def mask_personal(rows: Iterator[Row], ledger: Ledger, *, mask: bool) -> Iterato
             counts["rows"] += 1
             for kind, number in found.items():
                 counts[kind] = counts.get(kind, 0) + number
-            ledger.change("personal data", row.source, row.example.line, _words(found))
+            done = "masked" if mask else "found"
+            ledger.change("personal data", row.source, row.example.line, f"{done}: {_words(found)}")
         yield replace(row, example=example) if mask and found else row
 
 

@@ -9,8 +9,7 @@ import gradio as gr
 
 from qlora_core import jobs
 from qlora_core.data import hub_source
-from qlora_core.data.detection import Detection, columns_text
-from qlora_core.data.files import SUFFIXES
+from qlora_core.data.detection import Detection, columns_text, mapping_for
 from qlora_core.data.formats import detection_of
 from qlora_core.data.inspected import REPORT, Inspected, folder_of
 from qlora_core.data.locate import LINEAGE
@@ -39,6 +38,7 @@ ROLES = {
     "messages": "or: conversation",
     "text": "or: plain text",
 }
+LEAVE_OUT = "tick “Leave the listed rows out”"
 NOT_SEVERAL: tuple[tuple[Path, ...], str] = ((), "")
 
 
@@ -85,12 +85,13 @@ class DataTab:
                 size="sm",
                 min_width=190,
                 scale=0,
-                file_types=list(SUFFIXES),
                 elem_id="eval-file",
             )
-            self.near = gr.Button("Find near duplicates", size="sm", min_width=170, scale=0, elem_id="find-near")
+            self.near = gr.Button(
+                "Find near duplicates, from similarity", size="sm", min_width=230, scale=0, elem_id="find-near"
+            )
             self.similarity = gr.Number(
-                0.8, minimum=LOWEST, maximum=1, step=0.05, show_label=False, label="similarity of near duplicates",
+                0.8, step=0.05, show_label=False, label="similarity of near duplicates",
                 container=False, min_width=90, scale=0, elem_id="near-similarity",
             )  # fmt: skip
             self.overlap = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="overlap", min_width=60)
@@ -102,7 +103,6 @@ class DataTab:
         self.file = gr.File(
             label="Drop files: JSONL, JSON, CSV, TSV, Parquet, .gz",
             file_count="multiple",
-            file_types=list(SUFFIXES),
             height=150,
             elem_id="upload",
         )
@@ -139,7 +139,7 @@ class DataTab:
         states = [self.remembered, self.chosen, self.looked, self.several, self.picked, self.rows.row, self.job]
         shown = [self.report, self.problems, self.skip, self.use, self.progress, self.cancel, self.timer]
         columns = [self.columns_box, self.columns_why, *self.columns.values()]
-        return [*states, *shown, self.overlap, self.near_found, *columns, *self.prepare.outputs]
+        return [*states, *shown, self.file, self.overlap, self.near_found, *columns, *self.prepare.outputs]
 
     def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> Any:
         """Wire the tab; returns the trigger after which another dataset is chosen."""
@@ -152,7 +152,7 @@ class DataTab:
 
     def _connect_sources(self, hidden: dict[str, Any]) -> None:
         self.file.upload(self.take_upload, self.file, self.outputs, **hidden)
-        self.file.clear(self.take_example, None, self.outputs, **hidden)
+        self.file.clear(lambda: self._nothing("Drop a file, or take the example."), None, self.outputs, **hidden)
         self.example.click(lambda: None, None, self.file, **hidden).then(
             self.take_example, None, self.outputs, **hidden
         )
@@ -189,15 +189,26 @@ class DataTab:
         try:
             for path in paths:
                 detection = detection_of(path, self.settings.limits)
-                if detection.form is None and detection.seen and not columns:
+                if detection.form is None and detection.seen and not mapping_for(detection, columns):
                     asked = self._columns_of(
                         replace(detection, reason=f"In {path.name}, {detection.reason}"), Chosen("")
                     )
-                    return {**self._quiet(), **asked, self.several: several, self.problems: ""}
+                    return {
+                        **self._nothing(f"Say under Columns how {path.name} is read."),
+                        **asked,
+                        self.several: several,
+                    }
             job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip_bad_rows)
         except LabError as error:
             return self._unusable("These files cannot be used together", error.problems)
-        return {**self._watch(job), self.several: several, self.skip: gr.Checkbox(value=skip_bad_rows, visible=False)}
+        # The dataset that was there before is not what these files are for.
+        nothing = self._nothing("Reading the files …")
+        return {
+            **nothing,
+            **self._watch(job),
+            self.several: several,
+            self.skip: gr.Checkbox(value=skip_bad_rows, visible=False),
+        }
 
     def take_hub(self, name: str, config: str, split: str, revision: str, limit: str, token: str) -> dict[Any, Any]:
         try:
@@ -223,8 +234,8 @@ class DataTab:
 
     def take_columns(self, looked: Chosen, several: tuple[tuple[Path, ...], str], *names: str) -> dict[Any, Any]:
         columns = columns_text({role: name for role, name in zip(ROLES, names, strict=True) if name})
-        if several[0]:
-            return self._merge(several[0], columns)
+        if several[0]:  # each file in no known form has its own
+            return self._merge(several[0], "; ".join(filter(None, (several[1], columns))))
         return self.look(replace(looked, columns=columns), choosing=True)
 
     # --- looking at it
@@ -307,8 +318,11 @@ class DataTab:
     def find_near(self, chosen: Chosen, similarity: float) -> dict[Any, Any]:
         if not chosen.path:
             return {self.near_found: hint("Choose a dataset first.")}
+        if not LOWEST <= float(similarity or 0) <= 1:
+            wrong = f"similarity is {similarity or 0:g}; it must lie between {LOWEST} and 1, such as 0.8"
+            return {self.near_found: problems_panel((wrong,), title="Not compared")}
         columns = ["--columns", chosen.columns] if chosen.columns else []
-        near = ["--near-duplicates", f"{float(similarity or 0.8):g}"]
+        near = ["--near-duplicates", f"{float(similarity):g}"]
         job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings, again=True)
         return {**self._watch(job), self.near_found: "", self.problems: gr.skip()}
 
@@ -316,7 +330,8 @@ class DataTab:
         unsure = detection.form is None
         proposed = detection.proposal or {role: names[0] for role, names in detection.columns.items() if chosen.columns}
         choices = ["", *detection.seen]
-        why = detection.reason + ("; say which column is what, or take the proposal." if unsure else ".")
+        remedy = "; say which column is what" + (", or take the proposal." if detection.proposal else ".")
+        why = detection.reason + (remedy if unsure else ".")
         return {
             self.columns_box: gr.Accordion(visible=bool(detection.seen), open=unsure),
             self.columns_why: hint(why[:1].upper() + why[1:]),
@@ -326,19 +341,27 @@ class DataTab:
             },
         }
 
-    def _unusable(self, title: str, problems: tuple[str, ...]) -> dict[Any, Any]:
+    def _nothing(self, told: str) -> dict[Any, Any]:
+        """No dataset is chosen."""
         return {
             self.chosen: Chosen(path=""),
             self.looked: Chosen(path=""),
             self.several: NOT_SEVERAL,
             self.rows.row: 1,
-            self.report: waiting("Drop another file, or take the example."),
-            self.problems: problems_panel(problems, title=title),
+            self.report: waiting(told),
+            self.problems: "",
+            self.overlap: hint(""),
+            self.near_found: "",
             self.skip: gr.Checkbox(visible=False),
             self.use: gr.Button(interactive=False),
             self.columns_box: gr.Accordion(visible=False),
             **self._quiet(),
         }
+
+    def _unusable(self, title: str, problems: tuple[str, ...]) -> dict[Any, Any]:
+        nothing = self._nothing("Drop another file, or take the example.")
+        # An empty box, so that the next file comes in place of this one.
+        return {**nothing, self.problems: problems_panel(problems, title=title), self.file: None}
 
     def set_skip(self, chosen: Chosen, several: tuple[tuple[Path, ...], str], skip: bool) -> dict[Any, Any]:
         if several[0] and skip:  # they wait to become one dataset
@@ -349,11 +372,17 @@ class DataTab:
 
     def _watch(self, job: jobs.Job) -> dict[Any, Any]:
         """Show the job until it ends; the chosen dataset stays what it is."""
+        shown = progress_html(job.progress())
+        beside = {}
+        if job.arguments[0] == "prepare":  # where the button is that began it
+            beside = {self.prepare.result: shown, self.prepare.begin: gr.Button(interactive=False),
+                      self.prepare.cancel: gr.Button(visible=True)}  # fmt: skip
         return {
+            **beside,
             self.remembered: f"job:{job.job_id}",
             self.job: job.job_id,
             self.timer: gr.Timer(active=True),
-            self.progress: progress_html(job.progress()),
+            self.progress: shown,
             self.cancel: gr.Button(visible=True),
             self.problems: "",
             # What was chosen before is not what this person is waiting for.
@@ -366,6 +395,8 @@ class DataTab:
             self.timer: gr.Timer(active=False),
             self.progress: "",
             self.cancel: gr.Button(visible=False),
+            self.prepare.begin: gr.Button(interactive=True),
+            self.prepare.cancel: gr.Button(visible=False),
         }
 
     def tick(self, job_id: str, chosen: Chosen, looked: Chosen) -> dict[Any, Any]:
@@ -374,7 +405,8 @@ class DataTab:
         if job is None or progress is None:
             return self._quiet()
         if progress.state == jobs.RUNNING:
-            return {self.progress: progress_html(progress)}
+            shown = progress_html(progress)
+            return {self.progress: shown} | ({self.prepare.result: shown} if job.arguments[0] == "prepare" else {})
         if progress.state == jobs.DONE:
             if job.arguments[0] == "prepare":
                 return self.look(Chosen(path=progress.result["folder"]))
@@ -390,22 +422,21 @@ class DataTab:
             columns = job.arguments[job.arguments.index("--columns") + 1] if "--columns" in job.arguments else ""
             is_set = (Path(path).parent / LINEAGE).is_file()
             return self.look(Chosen(path=str(Path(path).parent) if is_set else path, columns=columns))
-        remembered = to_remember(chosen, self.settings)
-        quiet = {
-            **self._quiet(),
-            self.remembered: remembered,
-            self.use: _use(chosen, bool(chosen.problem(self.settings))),
-        }
+        preparing = job.arguments[0] == "prepare"
+        problems = tuple(p.replace("leave them out with skip_bad_rows", LEAVE_OUT) for p in progress.problems)
+        if progress.state == jobs.FAILED and not preparing and "--near-duplicates" not in job.arguments:
+            return self._unusable("Not usable", problems)
+        use = _use(chosen, bool(chosen.problem(self.settings)))
+        quiet = {**self._quiet(), self.remembered: to_remember(chosen, self.settings), self.use: use}
         if progress.state == jobs.CANCELLED:
-            told = f"Cancelled while {progress.doing}; the dataset above stays." if progress.doing else "Cancelled."
-            return {**quiet, self.progress: hint(told)}
-        title = "Not prepared" if job.arguments[0] == "prepare" else "Not usable"
-        undecided = any("skip_bad_rows" in problem for problem in progress.problems)
-        return {
-            **quiet,
-            self.problems: problems_panel(progress.problems, title=title),
-            self.skip: gr.Checkbox(value=False, visible=undecided) if undecided else gr.skip(),
-        }
+            told = hint("Cancelled." + (" The dataset above stays." if chosen.path else ""))
+            return {**quiet, self.progress: told} | ({self.prepare.result: told} if preparing else {})
+        panel = problems_panel(problems, title="Not prepared" if preparing else "Not compared")
+        undecided = any(LEAVE_OUT in problem for problem in problems)
+        skip = gr.Checkbox(value=False, visible=True) if undecided else gr.skip()
+        if preparing and chosen.path:  # what is wrong stands where the button is
+            return {**quiet, self.prepare.result: panel, self.skip: skip}
+        return {**quiet, self.problems: panel, self.skip: skip} | ({self.prepare.result: ""} if preparing else {})
 
     def cancel_job(self, job_id: str) -> dict[Any, Any]:
         if (job := jobs.find(job_id, self.settings)) is not None:

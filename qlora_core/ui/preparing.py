@@ -62,7 +62,8 @@ class PreparePanel:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         default = Preparation()
-        with gr.Accordion("Prepare it first: clean, mask, balance, split (optional)", open=False, elem_id="prepare"):
+        gr.HTML('<div class="lab-step"><i>4</i>Prepare, if you like</div>')
+        with gr.Accordion("Clean, mask, balance, split", open=False, elem_id="prepare"):
             self.inputs = {}
             for number, (group, title) in enumerate(GROUPS.items()):
                 names = [n for n, spec in SPECS.items() if spec.metadata["group"] == group and n not in ELSEWHERE]
@@ -74,6 +75,7 @@ class PreparePanel:
             with gr.Row(equal_height=True):
                 self.name = gr.Textbox(label="Name of the prepared dataset", max_lines=1, elem_id="prepare-name")
                 self.begin = gr.Button("Prepare", variant="primary", elem_id="prepare-start")
+            self.cancel = gr.Button("Cancel", size="sm", visible=False, elem_id="prepare-cancel")
         self.result = gr.HTML("", elem_id="prepare-result")
         with gr.Accordion(
             "Push this dataset to the Hub", open=False, visible=False, elem_id="push-dataset"
@@ -92,7 +94,14 @@ class PreparePanel:
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.name, self.result, self.push_box, *(self.inputs[name] for name in COLUMN_FIELDS)]
+        return [
+            self.name,
+            self.result,
+            self.push_box,
+            self.begin,
+            self.cancel,
+            *(self.inputs[name] for name in COLUMN_FIELDS),
+        ]
 
     def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
         """`tab` is the DataTab that the panel stands on."""
@@ -104,7 +113,7 @@ class PreparePanel:
             except LabError as error:
                 return {tab.problems: "", self.result: problems_panel(error.problems, title="Not prepared yet")}
             token = tab.hub_secret() if any(part.startswith("hub:") for part in arguments) else None
-            return {**tab._watch(jobs.start(arguments, self.settings, secret=token, again=True)), self.result: ""}
+            return tab._watch(jobs.start(arguments, self.settings, secret=token, again=True))
 
         self.push.click(
             self.start_push,
@@ -114,6 +123,7 @@ class PreparePanel:
         ).then(lambda: "", None, self.token, **hidden)
         self.push_timer.tick(self.tick_push, self.pushing, [self.push_timer, self.push_told], **hidden)
         self.begin.click(begin, inputs, tab.outputs, **hidden)
+        self.cancel.click(tab.cancel_job, tab.job, tab.outputs, **hidden)
 
     def arguments(
         self, chosen: Chosen, name: str, template: str, base_model: str, values: tuple[Any, ...]
@@ -135,7 +145,7 @@ class PreparePanel:
 
     def of(self, chosen: Chosen, report: DatasetReport) -> dict[Any, Any]:
         """What the panel shows of the dataset that has been chosen."""
-        there = [("none", ""), *dict.fromkeys([*report.ignored_columns, *derived.DERIVED])]
+        there = ["", *dict.fromkeys([*report.ignored_columns, *derived.DERIVED])]
         columns = {self.inputs[name]: gr.Dropdown(choices=there) for name in COLUMN_FIELDS}
         if not chosen.is_prepared:
             stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|gz)", "", chosen.name)
@@ -208,7 +218,7 @@ def _component(name: str, value: Any) -> gr.components.Component:
     if spec.type is bool:
         return gr.Checkbox(value=value, **common)
     if name in COLUMN_FIELDS:
-        return gr.Dropdown([("none", "")], value="", allow_custom_value=True, **common)
+        return gr.Dropdown([""], value="", allow_custom_value=True, **common)
     if limits.get("optional") or isinstance(value, str):
         return gr.Textbox(value="", placeholder="off" if name != "license" else "unknown", max_lines=1, **common)
     return gr.Number(value=value, step=0.05 if isinstance(value, float) else 1, **common)

@@ -1,14 +1,17 @@
 """What the model will see, on the Data tab: template and loss, rows as tokens, paging and search, lengths."""
 
+import re
 import time
+from bisect import bisect_left
 from typing import Any
 
 import gradio as gr
 
 from qlora_core.charts import LENGTHS_HEIGHT, length_histogram
 from qlora_core.config import TEMPLATES, TrainConfig
+from qlora_core.data.inspected import Inspected
 from qlora_core.data.rows import counted
-from qlora_core.data.sample import UNCUT
+from qlora_core.data.sample import SAMPLED_ROWS, UNCUT
 from qlora_core.errors import LabError
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
@@ -52,7 +55,7 @@ class RowsView:
             self.longest = gr.Button("Longest", size="sm", min_width=80, scale=0, elem_id="longest-row")
             self.shortest = gr.Button("Shortest", size="sm", min_width=80, scale=0, elem_id="shortest-row")
             self.find = gr.Textbox(
-                show_label=False, label="Find in rows, or go to a row number", placeholder="find text, or a row number",
+                show_label=False, label="Find in rows, or go to a row number", placeholder="text, a row number, or line 12",
                 max_lines=1, min_width=190, scale=1, container=False, elem_id="find-row",
             )  # fmt: skip
             self.place = gr.HTML('<p class="lab-hint">&nbsp;</p>', elem_id="row-place", min_width=60)
@@ -73,12 +76,12 @@ class RowsView:
         how, cut = [base_model, self.fields["template"], self.fields["loss_on"]], train_fields["max_seq_length"]
         row_inputs, row_outputs = [chosen, self.row, *how, cut], [self.tokens, self.place]
         for button, move in (
-            (self.back, lambda chosen, row: turn(chosen, row, -1)),
-            (self.forward, lambda chosen, row: turn(chosen, row, 1)),
-            (self.longest, lambda chosen, row: self.extreme(chosen, row, longest=True)),
-            (self.shortest, lambda chosen, row: self.extreme(chosen, row, longest=False)),
+            (self.back, lambda chosen, row, *_: turn(chosen, row, -1)),
+            (self.forward, lambda chosen, row, *_: turn(chosen, row, 1)),
+            (self.longest, lambda chosen, row, *how: self.extreme(chosen, row, *how, longest=True)),
+            (self.shortest, lambda chosen, row, *how: self.extreme(chosen, row, *how, longest=False)),
         ):
-            button.click(move, [chosen, self.row], self.row, **hidden).then(
+            button.click(move, [chosen, self.row, *how], self.row, **hidden).then(
                 self.show_row, row_inputs, row_outputs, **hidden
             )
         self.find.submit(self.find_row, [chosen, self.row, self.find], [self.row, self.told], **hidden).success(
@@ -112,24 +115,37 @@ class RowsView:
         self.template_choice.input(choose, [self.template_choice, base_model], [template, self.own_template], **hidden)
         template.change(follow, template, [self.template_choice, self.own_template], **hidden)
 
-    def extreme(self, chosen: Chosen, row: int, *, longest: bool) -> int:
-        """The row with the most, or the fewest, characters."""
+    def extreme(self, chosen: Chosen, row: int, *how: Any, longest: bool) -> int:
+        """The row with the most, or the fewest, tokens; characters where there are more rows than lengths are known of."""
         try:
             rows = rows_of(chosen, self.settings)
+            if len(rows) > SAMPLED_ROWS:
+                return (rows.longest() if longest else rows.shortest()) or row
+            found = preview.lengths(chosen, How(*how), self.settings)
         except (LabError, OSError):
             return row
-        return (rows.longest() if longest else rows.shortest()) or row
+        if not found.tokens:
+            return row
+        place = (max if longest else min)(range(len(found.tokens)), key=found.tokens.__getitem__)
+        return _row_at(rows, found.lines[place])
 
     def find_row(self, chosen: Chosen, row: int, wanted: str) -> tuple[Any, str]:
         """(row, what is told): the row with that number, or the next one that holds the text; else the same row."""
         wanted = (wanted or "").strip()
         if not wanted or not chosen.path:
             return gr.skip(), ""
-        if wanted.isdecimal() and 1 <= int(wanted) <= chosen.rows:
-            return int(wanted), ""
+        if wanted.isdecimal():
+            there = 1 <= int(wanted) <= chosen.rows
+            return (int(wanted), "") if there else (row, f"There are {counted(chosen.rows, 'row')}")
         deadline = time.monotonic() + SEARCH_SECONDS
         try:
             rows = rows_of(chosen, self.settings)
+            if line := re.fullmatch(
+                r"(?:line|row)\s+(\d+)", wanted, re.IGNORECASE
+            ):  # as problems and duplicates name it
+                number = _row_at(rows, int(line[1]))
+                is_it = rows.row(number).line == int(line[1])
+                return number, "" if is_it else f"{wanted.capitalize()} is no usable row; this is the next one"
             found = rows.search(wanted, row, keep_on=lambda: time.monotonic() < deadline)
         except (LabError, OSError):
             return row, "The file is no longer there"
@@ -192,6 +208,12 @@ class RowsView:
                 found.refused[:20], title=f"{counted(len(found.refused), 'row')} refused by the template"
             )
         return sentence, length_histogram(found.tokens, cut_at=cut).to_json()
+
+
+def _row_at(rows: Inspected, line: int) -> int:
+    """Number of the usable row at that line of the file, or of the next one; of the last where none follows."""
+    numbers = range(1, len(rows) + 1)
+    return numbers[min(bisect_left(numbers, line, key=lambda number: rows.row(number).line), len(rows) - 1)]
 
 
 def turn(chosen: Chosen, row: int, by: int) -> int:

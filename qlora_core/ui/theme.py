@@ -56,7 +56,7 @@ def theme() -> gr.themes.Base:
         button_secondary_border_color="*neutral_300",
         button_secondary_border_color_dark="*neutral_600",
         checkbox_background_color_selected="*neutral_800",
-        checkbox_background_color_selected_dark="*neutral_200",
+        checkbox_background_color_selected_dark="*neutral_500",
         checkbox_label_background_fill="white",
         checkbox_label_background_fill_dark="*neutral_950",
         checkbox_label_background_fill_selected="*neutral_100",
@@ -65,7 +65,7 @@ def theme() -> gr.themes.Base:
         checkbox_label_border_color_selected_dark="*neutral_400",
         checkbox_label_text_color_selected="*body_text_color",
         checkbox_border_color_selected="*neutral_800",
-        checkbox_border_color_selected_dark="*neutral_200",
+        checkbox_border_color_selected_dark="*neutral_300",
         link_text_color="*neutral_700",
         link_text_color_dark="*neutral_200",
     )
@@ -240,7 +240,7 @@ _NARROW = """
   .lab-pager { flex-wrap: wrap !important; }
   .lab-pager > button { flex: 1 1 40% !important; }
   .lab-pager > .block { flex: 1 1 100% !important; }
-  #prepare .row > *, .lab-choices > *, .lab-choices > .form > * { flex: 1 0 100% !important; }
+  #prepare .row > *, #prepare .form > *, .lab-choices > *, .lab-choices > .form > * { flex: 1 0 100% !important; }
   .lab-status .now { margin-left: 0; }
   .lab-sticky { position: static; }
   .lab-runs thead { display: none; }
