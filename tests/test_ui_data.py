@@ -114,6 +114,43 @@ def test_several_files_become_one_dataset_asking_for_columns_first(tab: DataTab,
     assert tab.first_look(done[tab.remembered])[tab.chosen] == done[tab.chosen], "a reload takes it up again"
 
 
+def test_files_with_other_column_names_are_asked_for_one_by_one(tab: DataTab, tmp_path: Path) -> None:
+    (tmp_path / "qa.csv").write_text("question,answer\nWhat?,That.\n")
+    (tmp_path / "fr.csv").write_text('frage,"antwort, kurz"\nWas?,Das.\n')
+    first = seen(tab, tab.take_upload([str(tmp_path / "qa.csv"), str(tmp_path / "fr.csv")]))
+    assert first[tab.chosen].path == "" and not first[tab.use].interactive, (
+        "what was there before is not for these files"
+    )
+    second = seen(tab, tab.take_columns(Chosen(path=""), first[tab.several], "question", "answer", "", "", "", ""))
+    assert "fr.csv" in second[tab.columns_why]
+    third = tab.take_columns(Chosen(path=""), second[tab.several], "frage", "antwort, kurz", "", "", "", "")
+    assert third[tab.chosen].path == "" and ticked(tab, third)[tab.chosen].rows == 2
+
+
+def test_rows_are_gone_to_by_line_and_by_the_tokens_they_have(tab: DataTab, tmp_path: Path, base: str) -> None:
+    rows = [alpaca(1), {}, alpaca(2, output="fox " * 9), alpaca(3, output="qzx" * 11), alpaca(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    chosen = tab.set_skip(tab.take_upload([str(path)])[tab.chosen], NOT_SEVERAL, True)[tab.chosen]
+    how = (base, "model", "all_responses")
+    assert tab.rows.extreme(chosen, 1, *how, longest=True) == 3, "fewer characters than row 2, and more tokens"
+    assert tab.rows.find_row(chosen, 1, "line 3") == (2, "")
+    number, told = tab.rows.find_row(chosen, 1, "Line 2")
+    assert number == 2 and "is no usable row" in told
+    assert tab.rows.find_row(chosen, 1, "99") == (1, "There are 4 rows")
+
+
+def test_what_a_preparation_has_to_say_stands_where_its_button_is(
+    tab: DataTab, settings: Settings, tmp_path: Path, base: str
+) -> None:
+    looked = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", [alpaca(1), {}, alpaca(2)]))])
+    arguments = tab.prepare.arguments(looked[tab.chosen], "set", "model", base, tuple(prepare_values(tab)))
+    watched = seen(tab, tab._watch(jobs.start(arguments, settings)))
+    assert not watched[tab.prepare.begin].interactive and "lab-job" in watched[tab.prepare.result]
+    failed = ticked(tab, watched, looked[tab.chosen])
+    assert "Leave the listed rows out" in failed[tab.prepare.result] and failed[tab.prepare.begin].interactive
+    assert tab.problems not in failed, "the list of bad rows stays"
+
+
 def test_a_bad_row_among_several_files_waits_for_a_decision(tab: DataTab, tmp_path: Path) -> None:
     files = [
         str(write_rows(tmp_path / "a.jsonl", [alpaca(1), alpaca(2)])),

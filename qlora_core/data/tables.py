@@ -53,7 +53,9 @@ class _TableLines:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            self.problem = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8 (from Excel?); save it as UTF-8"
+            self.problem = (
+                f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8 (from Excel?); save it as UTF-8"
+            )
             return raw.decode(errors="replace")
 
     def of_row(self) -> tuple[int, str]:

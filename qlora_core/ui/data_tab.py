@@ -39,6 +39,7 @@ ROLES = {
     "text": "or: plain text",
 }
 LEAVE_OUT = "tick “Leave the listed rows out”"
+NOTHING = Chosen(path="")
 NOT_SEVERAL: tuple[tuple[Path, ...], str] = ((), "")
 
 
@@ -53,9 +54,9 @@ class DataTab:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         # Nothing until the page has loaded: after a restart of the app an open page must not train on the example unasked.
-        self.chosen = gr.State(Chosen(path=""))
+        self.chosen = gr.State(NOTHING)
         # What was looked at last, whether or not it can be used: its columns may yet be told.
-        self.looked = gr.State(Chosen(path=""))
+        self.looked = gr.State(NOTHING)
         # Another value each time that a dataset has been looked at.
         self.picked = gr.State(0.0)
         # Several files that are to be one dataset, and the columns of those in no known form.
@@ -87,9 +88,7 @@ class DataTab:
                 scale=0,
                 elem_id="eval-file",
             )
-            self.near = gr.Button(
-                "Find near duplicates, from similarity", size="sm", min_width=230, scale=0, elem_id="find-near"
-            )
+            self.near = gr.Button("Find near duplicates at", size="sm", min_width=180, scale=0, elem_id="find-near")
             self.similarity = gr.Number(
                 0.8, step=0.05, show_label=False, label="similarity of near duplicates",
                 container=False, min_width=90, scale=0, elem_id="near-similarity",
@@ -161,6 +160,8 @@ class DataTab:
         columns = [self.looked, self.several, *self.columns.values()]
         self.read_columns.click(self.take_columns, columns, self.outputs, **hidden)
         self.eval_file.upload(self.take_eval, [self.eval_file, self.chosen], self.outputs, **hidden)
+        # What is inside a closed accordion does not hear of new choices.
+        self.columns_box.expand(self.columns_now, self.looked, list(self.columns.values()), **hidden)
         self.near.click(self.find_near, [self.chosen, self.similarity], self.outputs, **hidden)
         self.timer.tick(self.tick, [self.job, self.chosen, self.looked], self.outputs, **hidden)
 
@@ -185,19 +186,22 @@ class DataTab:
 
     def _merge(self, paths: tuple[Path, ...], columns: str, *, skip_bad_rows: bool = False) -> dict[Any, Any]:
         """Several files as one dataset; where one is in no known form, its columns are asked for first."""
-        several = (paths, columns)
-        try:
-            for path in paths:
+        several, problems, unread = (paths, columns), [], []
+        for path in paths:
+            try:
                 detection = detection_of(path, self.settings.limits)
-                if detection.form is None and detection.seen and not mapping_for(detection, columns):
-                    asked = self._columns_of(
-                        replace(detection, reason=f"In {path.name}, {detection.reason}"), Chosen("")
-                    )
-                    return {
-                        **self._nothing(f"Say under Columns how {path.name} is read."),
-                        **asked,
-                        self.several: several,
-                    }
+                if detection.form is None and not (detection.seen and mapping_for(detection, columns)):
+                    unread.append((path, detection))
+            except LabError as error:
+                problems += error.problems
+        problems += [f"{path.name}: {detection.reason}" for path, detection in unread if not detection.seen]
+        if problems:
+            return self._unusable("These files cannot be used together", tuple(problems))
+        if unread:
+            path, detection = unread[0]
+            asked = self._columns_of(replace(detection, reason=f"In {path.name}, {detection.reason}"), NOTHING)
+            return {**self._nothing(f"Say under Columns how {path.name} is read."), **asked, self.several: several}
+        try:
             job = merge_job(paths, self.settings, columns=columns, skip_bad_rows=skip_bad_rows)
         except LabError as error:
             return self._unusable("These files cannot be used together", error.problems)
@@ -326,6 +330,16 @@ class DataTab:
         job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings, again=True)
         return {**self._watch(job), self.near_found: "", self.problems: gr.skip()}
 
+    def columns_now(self, looked: Chosen) -> list[Any]:
+        """The choices of columns, for drop-downs that have just come into sight."""
+        if not looked.path:
+            return [gr.skip() for _ in self.columns]
+        try:
+            found = self._columns_of(rows_of(looked, self.settings).report.detection, looked)
+        except (LabError, OSError):
+            return [gr.skip() for _ in self.columns]
+        return [found[box] for box in self.columns.values()]
+
     def _columns_of(self, detection: Detection, chosen: Chosen) -> dict[Any, Any]:
         unsure = detection.form is None
         proposed = detection.proposal or {role: names[0] for role, names in detection.columns.items() if chosen.columns}
@@ -344,8 +358,8 @@ class DataTab:
     def _nothing(self, told: str) -> dict[Any, Any]:
         """No dataset is chosen."""
         return {
-            self.chosen: Chosen(path=""),
-            self.looked: Chosen(path=""),
+            self.chosen: NOTHING,
+            self.looked: NOTHING,
             self.several: NOT_SEVERAL,
             self.rows.row: 1,
             self.report: waiting(told),

@@ -20,7 +20,7 @@ from qlora_core.data.preparation import Preparation
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
-from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.dataset_report import steps_html
 from qlora_core.ui.progress import progress_html
 from qlora_core.ui.uploads import safe_name
@@ -63,7 +63,7 @@ class PreparePanel:
         self.settings = settings
         default = Preparation()
         gr.HTML('<div class="lab-step"><i>4</i>Prepare, if you like</div>')
-        with gr.Accordion("Clean, mask, balance, split", open=False, elem_id="prepare"):
+        with gr.Accordion("Clean, mask, balance, split", open=False, elem_id="prepare") as self.box:
             self.inputs = {}
             for number, (group, title) in enumerate(GROUPS.items()):
                 names = [n for n, spec in SPECS.items() if spec.metadata["group"] == group and n not in ELSEWHERE]
@@ -122,6 +122,8 @@ class PreparePanel:
             **hidden,
         ).then(lambda: "", None, self.token, **hidden)
         self.push_timer.tick(self.tick_push, self.pushing, [self.push_timer, self.push_told], **hidden)
+        in_sight = [self.inputs[name] for name in COLUMN_FIELDS]
+        self.box.expand(self.choices_now, tab.chosen, in_sight, **hidden)
         self.begin.click(begin, inputs, tab.outputs, **hidden)
         self.cancel.click(tab.cancel_job, tab.job, tab.outputs, **hidden)
 
@@ -145,8 +147,7 @@ class PreparePanel:
 
     def of(self, chosen: Chosen, report: DatasetReport) -> dict[Any, Any]:
         """What the panel shows of the dataset that has been chosen."""
-        there = ["", *dict.fromkeys([*report.ignored_columns, *derived.DERIVED])]
-        columns = {self.inputs[name]: gr.Dropdown(choices=there) for name in COLUMN_FIELDS}
+        columns = dict(zip((self.inputs[name] for name in COLUMN_FIELDS), self._choices(report), strict=True))
         if not chosen.is_prepared:
             stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|gz)", "", chosen.name)
             return {
@@ -162,6 +163,18 @@ class PreparePanel:
             self.push_box: gr.Accordion(visible=True),
             **columns,
         }
+
+    def _choices(self, report: DatasetReport) -> list[Any]:
+        """The columns that rows can be balanced or split by."""
+        there = ["", *dict.fromkeys([*report.ignored_columns, *derived.DERIVED])]
+        return [gr.Dropdown(choices=there) for _ in COLUMN_FIELDS]
+
+    def choices_now(self, chosen: Chosen) -> list[Any]:
+        """The same, for drop-downs that have just come into sight."""
+        try:
+            return self._choices(rows_of(chosen, self.settings).report) if chosen.path else [gr.skip(), gr.skip()]
+        except (LabError, OSError):
+            return [gr.skip() for _ in COLUMN_FIELDS]
 
     def start_push(self, chosen: Chosen, repository: str, public: bool, token: str) -> tuple[Any, ...]:
         from huggingface_hub import get_token
