@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import tiny_models  # noqa: F401 - one thread, as in the process below
 import torch
-from helpers import ROOT, fake_gpus, held_by_another_process, settings_in, tokenizer_folder, wait_for
+from helpers import ROOT, fake_gpus, held_by_another_process, settings_in, tokenizer_folder, wait_for, write_rows
 from transformers import CONFIG_MAPPING, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from qlora_core import toxicity
+from qlora_core.data.formats import read_rows
+from qlora_core.data.preparation import Preparation
+from qlora_core.data.preparing import prepare
 from qlora_core.errors import ModelError
 from qlora_core.toxicity import Scores, Verdict, scores
 from qlora_core.worker.toxicity import Classifier, toxic_labels
@@ -324,3 +327,26 @@ def test_pure_module_knows_no_torch() -> None:
     code = "import sys, qlora_core.toxicity; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
+
+
+@pytest.mark.parametrize("what", ["find", "drop"])
+def test_a_preparation_lists_or_drops_the_rows_that_the_model_calls_toxic(tmp_path: Path, what: str) -> None:
+    model, texts = (
+        classifier_folder(tmp_path / "model"),
+        [f"{text} {n}" for n, text in enumerate(TEXTS[:7] * 3) if text.strip()],
+    )
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    rated = judged(model, [row.text for row in read_rows(path)[1]])
+    threshold = sorted(score for _, score in rated)[len(rated) // 2]
+    toxic = [number for number, (_, score) in enumerate(rated, 1) if score >= threshold]
+    preparation = Preparation(
+        toxicity_model=str(model), toxicity_threshold=threshold, toxic_rows=what, shuffle=False, eval_fraction=0,
+        normalise=False, duplicates="keep",
+    )  # fmt: skip
+    made = prepare([str(path)], tmp_path / "set", preparation, settings_in(tmp_path))
+    counts = made.lineage["steps"]["toxicity"]
+    assert (counts["rows"], counts["dropped"]) == (len(toxic), len(toxic) * (what == "drop"))
+    assert made.lineage["rows"]["train"] == len(texts) - counts["dropped"]
+    listed = [line.split(",")[2] for line in (made.folder / "changes.csv").read_text().splitlines()[1:]]
+    assert [int(line) for line in listed] == toxic
+    assert counts["model"] == "model", "a path of this machine is nobody's business"
