@@ -144,7 +144,10 @@ def test_what_a_preparation_has_to_say_stands_where_its_button_is(
 ) -> None:
     looked = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", [alpaca(1), {}, alpaca(2)]))])
     arguments = tab.prepare.arguments(looked[tab.chosen], "set", "model", base, tuple(prepare_values(tab)))
-    watched = seen(tab, tab._watch(jobs.start(arguments, settings)))
+    watched = seen(tab, tab._watch(jobs.start(arguments, settings), looked[tab.chosen]))
+    assert tab.first_look(watched[tab.remembered])[tab.chosen] == looked[tab.chosen], (
+        "a reload keeps what it is made of"
+    )
     assert not watched[tab.prepare.begin].interactive and "lab-job" in watched[tab.prepare.result]
     failed = ticked(tab, watched, looked[tab.chosen])
     assert "Leave the listed rows out" in failed[tab.prepare.result] and failed[tab.prepare.begin].interactive

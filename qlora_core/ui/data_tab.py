@@ -100,11 +100,12 @@ class DataTab:
 
     def _build_sources(self) -> None:
         self.file = gr.File(
-            label="Drop files: JSONL, JSON, CSV, TSV, Parquet, .gz",
+            label="Drop dataset files",
             file_count="multiple",
             height=150,
             elem_id="upload",
         )
+        gr.HTML(hint("JSONL, JSON, CSV, TSV or Parquet, each also .gz; several at once"))
         self.example = gr.Button("Take the example: support tickets", size="md", elem_id="take-example")
         with gr.Accordion("From the Hugging Face Hub", open=False, elem_id="hub-source"):
             self.hub_id = gr.Textbox(
@@ -172,9 +173,11 @@ class DataTab:
     # --- where a dataset comes from
 
     def first_look(self, remembered: str = "") -> dict[Any, Any]:
-        if str(remembered).startswith("job:") and (job := jobs.find(str(remembered)[4:], self.settings)) is not None:
-            # Until it ends, and where it ends in nothing, there is the example to look at.
-            return self.look(example()) | self._watch(job)
+        job_id, _, before = str(remembered).removeprefix("job:").partition("|")
+        if str(remembered).startswith("job:") and (job := jobs.find(job_id, self.settings)) is not None:
+            # Until it ends, and where it ends in nothing, there is what was chosen before, or the example.
+            chosen = recalled(before, self.settings)
+            return self.look(chosen or example()) | self._watch(job, chosen or NOTHING)
         return self.look(recalled(str(remembered), self.settings) or example())
 
     def take_example(self) -> dict[Any, Any]:
@@ -328,7 +331,7 @@ class DataTab:
         columns = ["--columns", chosen.columns] if chosen.columns else []
         near = ["--near-duplicates", f"{float(similarity):g}"]
         job = jobs.start(["inspect", str(chosen.file), "--keep", "--json", *columns, *near], self.settings, again=True)
-        return {**self._watch(job), self.near_found: "", self.problems: gr.skip()}
+        return {**self._watch(job, chosen), self.near_found: "", self.problems: gr.skip()}
 
     def columns_now(self, looked: Chosen) -> list[Any]:
         """The choices of columns, for drop-downs that have just come into sight."""
@@ -384,7 +387,7 @@ class DataTab:
 
     # --- work of a process of its own
 
-    def _watch(self, job: jobs.Job) -> dict[Any, Any]:
+    def _watch(self, job: jobs.Job, chosen: Chosen = NOTHING) -> dict[Any, Any]:
         """Show the job until it ends; the chosen dataset stays what it is."""
         shown = progress_html(job.progress())
         beside = {}
@@ -393,7 +396,7 @@ class DataTab:
                       self.prepare.cancel: gr.Button(visible=True)}  # fmt: skip
         return {
             **beside,
-            self.remembered: f"job:{job.job_id}",
+            self.remembered: f"job:{job.job_id}|{to_remember(chosen, self.settings)}",
             self.job: job.job_id,
             self.timer: gr.Timer(active=True),
             self.progress: shown,

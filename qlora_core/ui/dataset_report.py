@@ -185,7 +185,7 @@ def steps_html(made: PreparedSet) -> str:
         for step, counts in made.lineage["steps"].items()
     )
     return (
-        '<div class="lab-scroll" style="margin-top:8px"><table class="lab-table">'
+        '<div class="lab-scroll" style="margin-top:8px; max-height:none"><table class="lab-table">'
         "<thead><tr><th>step</th><th>what it did</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )

@@ -106,6 +106,7 @@ def component(name: str, value: Any) -> gr.components.Component:
             choices or list(TARGET_PRESETS), value=to_form(name, value), allow_custom_value=True, **common
         )
     if name == "template":  # filled by the choice beside it; a template may have many lines
+        common["info"] = "A Jinja chat template; it begins as the model's own."
         return gr.Textbox(value=value, lines=6, max_lines=16, elem_classes="lab-code", **common)
     if choices:
         return gr.Radio(choices, value=value, **common)

@@ -113,7 +113,7 @@ class PreparePanel:
             except LabError as error:
                 return {tab.problems: "", self.result: problems_panel(error.problems, title="Not prepared yet")}
             token = tab.hub_secret() if any(part.startswith("hub:") for part in arguments) else None
-            return tab._watch(jobs.start(arguments, self.settings, secret=token, again=True))
+            return tab._watch(jobs.start(arguments, self.settings, secret=token, again=True), chosen)
 
         self.push.click(
             self.start_push,
