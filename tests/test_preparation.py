@@ -28,9 +28,10 @@ from qlora_core.data.formats import read_rows
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.preparation import Preparation, public_name, shares_of
 from qlora_core.data.prepared_set import PreparedSet
-from qlora_core.data.preparing import _origins, prepare
+from qlora_core.data.preparing import prepare
 from qlora_core.data.rows import Example, Message
 from qlora_core.data.selection import held_out
+from qlora_core.data.sources import origins
 from qlora_core.data.steps import Ledger, Row, normalise
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, DatasetError
@@ -380,7 +381,7 @@ def test_another_dataset_is_no_version(tmp_path: Path) -> None:
         prepared(tmp_path, other)
     assert prepared(tmp_path, [alpaca(1)], other).lineage["version"] == 2, "with another file it is one"
     of_hub = [{"name": "x.jsonl", "hub": "hub:owner/name:default:train@abc"}, {"name": "y.jsonl"}]
-    assert _origins(of_hub) == {"owner/name", "y.jsonl"}
+    assert origins(of_hub) == {"owner/name", "y.jsonl"}
 
 
 def test_two_preparations_into_one_folder_wait_for_each_other(tmp_path: Path) -> None:

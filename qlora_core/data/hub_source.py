@@ -112,10 +112,10 @@ def fetch(
     stream, left_out = reading.stream(builder, split)
     taken = replace(source, config=builder.config.name, split=split, revision=info.sha)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _file_name(taken, limit)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = folder / f"{_file_name(taken, None)}.{os.getpid()}.partial"
     try:
         rows, truncated = _write(partial, reading.rows(stream), source, limit, max_bytes, progress)
+        path = folder / _file_name(taken, limit if truncated else None)
         fetched = Fetched(path, taken, rows, _license(info), truncated, left_out)
         origin_path(path).unlink(missing_ok=True)  # that of rows which are about to be replaced
         partial.rename(path)

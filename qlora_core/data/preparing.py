@@ -8,9 +8,9 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import numpy as np
 
 from qlora_core.data import prepared_set
 from qlora_core.data.detection import Detection, columns_text, mapping_for
-from qlora_core.data.files import kind_of
 from qlora_core.data.formats import detection_of, free_name, read_rows
-from qlora_core.data.hub_source import PREFIX, HubDataset, fetch, origin_of
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import NearDuplicates
 from qlora_core.data.preparation import DROPPED, KEPT, MASKED, Preparation, shares_of
 from qlora_core.data.rows import BlankLine, Example, Problem, counted
 from qlora_core.data.selection import balanced, held_out
+from qlora_core.data.sources import Report, Source, origins, sources_of
 from qlora_core.data.steps import Ledger, Row, drop_duplicates, fit, mark_toxic, mask_personal, normalise, with_columns
 from qlora_core.errors import DatasetError
 from qlora_core.runs import lock, sync
@@ -34,24 +33,6 @@ from qlora_core.settings import Settings
 VERSION = 3
 WAITING_SECONDS = 1  # after which a preparation that waits for another looks whether it is to end
 LISTED = 20  # problems of a source that are named; changes.csv lists all
-# (what is being done, how far, of how much, in what); raises to end the preparation.
-Report = Callable[[str, int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file that rows come from, and what is known of its origin."""
-
-    path: Path
-    name: str
-    sha256: str
-    license: str | None = None
-    hub: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        size = self.path.stat().st_size
-        known = {"name": self.name, "sha256": self.sha256, "size_bytes": size, "license": self.license, "hub": self.hub}
-        return {name: value for name, value in known.items() if value is not None}
 
 
 def prepare(
@@ -68,7 +49,7 @@ def prepare(
     Another preparation in that folder stays beside it as `<out>.v1` and so on. Raises DatasetError, ModelError.
     """
     out = out.resolve()
-    sources = _sources(data, settings, token, report)
+    sources = sources_of(data, settings, token, report)
     told = [VERSION, preparation.to_json(), [(source.name, source.sha256) for source in sources]]
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     with _alone(out, report):
@@ -77,7 +58,7 @@ def prepare(
             return previous
         if out.exists() and not (out / LINEAGE).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise DatasetError(f"{out}: is there already and is no prepared dataset; name another folder")
-        if previous and not (_origins(source.to_json() for source in sources) & _origins(previous.lineage["sources"])):
+        if previous and not (origins(source.to_json() for source in sources) & origins(previous.lineage["sources"])):
             names = ", ".join(source["name"] for source in previous.lineage["sources"])
             raise DatasetError(f"{previous.folder}: holds the dataset prepared from {names}; name another folder")
         made = _prepare(sources, data, out, preparation, settings, key=key, previous=previous, report=report)
@@ -96,12 +77,6 @@ def _alone(out: Path, report: Report) -> Iterator[None]:
                 yield
                 return
         report(f"waiting for another preparation into {out.name}", 0, 0, "")
-
-
-def _origins(sources: Iterable[dict[str, Any]]) -> set[str]:
-    """What tells datasets apart, whatever version they are of: Hub ids, and names of files."""
-    told = ((source.get("hub"), source["name"]) for source in sources)
-    return {hub.partition("@")[0].removeprefix(PREFIX).partition(":")[0] if hub else name for hub, name in told}
 
 
 def _prepare(
@@ -132,47 +107,6 @@ def _prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return made
-
-
-def _sources(data: list[str], settings: Settings, token: str | None, report: Report) -> list[Source]:
-    """Each of the named files and Hub datasets as a file here. Raises DatasetError naming all that are not there."""
-    found: list[Source] = []
-    problems = [] if data else ["no data is named; name files or hub:OWNER/NAME"]
-    for named in data:
-        try:
-            path = Path(os.path.expanduser(named))
-            if named.startswith(PREFIX):
-                path = fetch(
-                    HubDataset.parse(named),
-                    settings.home / "hub-datasets",
-                    token=token,
-                    limit=settings.max_rows,
-                    max_bytes=settings.max_dataset_bytes,
-                    progress=lambda rows, named=named: report(f"fetching {named}", rows, 0, "rows"),
-                ).path
-            kind_of(path)
-            sha256 = _sha256(path, report)
-        except DatasetError as error:
-            problems += error.problems
-        except OSError as error:
-            problems.append(f"{named}: cannot be read: {error.strerror or error}")
-        else:
-            origin = origin_of(path)
-            same = sum(source.path.name == path.name for source in found)
-            name = f"{path.name} ({same + 1})" if same else path.name
-            found.append(Source(path, name, sha256, origin.get("license"), origin.get("source")))
-    if problems:
-        raise DatasetError(*problems)
-    return found
-
-
-def _sha256(path: Path, report: Report) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            report(f"hashing {path.name}", file.tell(), size, "bytes")
-    return digest.hexdigest()
 
 
 class _Work:
