@@ -11,7 +11,7 @@ import pytest
 from helpers import CHATML, alpaca, model_folder, settings_in, tokenizer_folder, wait_for, write_rows
 from hub_server import Hub, hub
 
-from qlora_core import jobs
+from qlora_core import jobs, template_trial
 from qlora_core.config import TrainConfig
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.preparation import Preparation
@@ -301,6 +301,17 @@ def test_a_set_with_columns_chosen_by_hand_can_be_prepared_again(
     made = ticked(tab, tab._watch(jobs.start(first, settings)))[tab.chosen]
     second = tab.prepare.arguments(made, "set", "model", base, tuple(prepare_values(tab, limit="5")))
     assert ticked(tab, tab._watch(jobs.start(second, settings)))[tab.chosen].rows == 4
+
+
+def test_the_page_tries_a_typed_template_before_it_fills_it(
+    tab: DataTab, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_trial, "WALL_SECONDS", 3)
+    chosen = tab.take_upload([str(write_rows(tmp_path / "rows.jsonl", [alpaca(1)]))])[tab.chosen]
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"
+    how = (base, endless, "all_responses", 512)
+    assert "does a loop never end" in tab.rows.show_row(chosen, 1, *how)[0]
+    assert "does a loop never end" in tab.rows.show_lengths(chosen, *how)[0]
 
 
 def test_settings_with_a_prepared_set_are_loaded_again(

@@ -21,7 +21,6 @@ from qlora_core.data.tables import delimiter_of, parquet_records, table_records
 from qlora_core.errors import DatasetError
 
 JSONL, JSON_ARRAY, CSV, TSV, PARQUET = "JSONL", "JSON array", "CSV", "TSV", "Parquet"
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
 # What other kinds of file start with, and what to do with them.
 MAGIC = {
     b"PK\x03\x04": "a zip archive or spreadsheet; unpack it, or save the sheet as CSV",

@@ -1,10 +1,8 @@
 """Which writing systems a text uses, at a glance. Knows no language: see derived.py for that."""
 
-import re
 import unicodedata
 from functools import lru_cache
 
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 # First words of Unicode's character names, where they are no name of a script or belong together.
 _TOGETHER = {"CJK": "Han", "IDEOGRAPHIC": "Han", "FULLWIDTH": "Latin", "HALFWIDTH": "Katakana", "FEMININE": "Latin"}
 _TOGETHER |= {"MASCULINE": "Latin", "MICRO": "Greek", "MODIFIER": "other", "MATHEMATICAL": "mathematical"}

@@ -15,6 +15,7 @@ from qlora_core.data.rows import Example, counted
 from qlora_core.data.sample import SAMPLED_ROWS, RowFacts, sample
 from qlora_core.errors import LabError, ModelError
 from qlora_core.settings import Settings
+from qlora_core.template_trial import check_trial
 from qlora_core.tokens import ALL_RESPONSES, RenderedExample, load_tokenizer, render
 from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.words import esc
@@ -43,9 +44,11 @@ def tokenizer_of(how: How, settings: Settings, rows: Inspected | None = None) ->
 
     Raises ModelError, ConfigError.
     """
-    return load_tokenizer(
-        architecture.tokenizer_folder(how.base_model or "", settings), how.template or templates.MODEL
-    )
+    folder = architecture.tokenizer_folder(how.base_model or "", settings)
+    tokenizer = load_tokenizer(folder, how.template or templates.MODEL)
+    if rows is not None and how.template:
+        check_trial(how.template, folder, rows)
+    return tokenizer
 
 
 def template_to_edit(base_model: str, settings: Settings) -> str:
