@@ -157,12 +157,30 @@ class TrainConfig(Options):
         choices=("auto", "off"),
         group="memory",
     )
-    activation_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, slower", group="memory"
+    memory_budget_gib: float | None = option(
+        None,
+        "GiB of the device's memory that the run may fill; automatic: what is free",
+        optional=True,
+        above=0,
+        most=10_000,
+        group="memory",
+    )
+    activation_checkpointing: str = option(
+        "auto",
+        "activations recomputed in the backward pass: less memory, slower. auto: in as few layers as fit the memory; "
+        "offloaded: what is kept goes to the host too",
+        choices=("auto", "none", "full", "offloaded"),
+        group="memory",
+    )
+    fused_layers: str = option(
+        "auto",
+        "auto: decoder layers with few, large kernels on a GPU, where the model is proven to compute the same with them",
+        choices=("auto", "off"),
+        group="memory",
     )
     compile: str = option(
         "auto",
-        "auto: compile decoder layers on a GPU when the run is long enough to win it back",
+        "auto: compile decoder layers that are not fused on a GPU when the run is long enough to win it back",
         choices=("auto", "on", "off"),
         group="memory",
     )

@@ -140,7 +140,7 @@ def test_a_small_card_is_told_to_recompute_and_then_is_not():
     long = rows_of(*[2000] * 1000)
     known = facts(device=L4, architecture=LLAMA_8B, method="qlora", max_seq_length=2048, rows=long)
     finding = only(known)
-    assert finding.remedy == {"activation_checkpointing": True} and "24.0" in finding.why
+    assert finding.remedy == {"activation_checkpointing": "full"} and "24.0" in finding.why
     assert findings(replace(known, config=settings.replace(known.config, **finding.remedy))) == []
     assert findings(replace(known, device=H100)) == []
 

@@ -378,7 +378,7 @@ def test_a_dataset_error_stands_beside_start(train, tmp_path, base):
     "changed",
     [
         {},
-        {"double_quant": False, "activation_checkpointing": True},
+        {"double_quant": False, "activation_checkpointing": "full"},
         {"name": 'it\'s "q" $x', "target_modules": "q_proj, v_proj"},
     ],
 )

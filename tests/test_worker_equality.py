@@ -51,7 +51,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "everything packed": {"token_budget": 100_000},
     "padded": {"packing": "off", "token_budget": 100_000},
     "padded, two rows a pass": {"packing": "off", "token_budget": 120},
-    "checkpointed": {"token_budget": 120, "activation_checkpointing": True},
+    "checkpointed": {"token_budget": 120, "activation_checkpointing": "full"},
 }
 STEPS, ROWS_PER_STEP = 4, 5  # 12 rows: the last step of an epoch has 2
 SETTINGS: dict[str, Any] = {
@@ -199,7 +199,7 @@ def cases(draw: st.DrawFn) -> Case:
             "max_steps": st.integers(1, 6),
             "token_budget": st.integers(8, 600),
             "packing": st.sampled_from(["auto", "auto", "auto", "off"]),
-            "activation_checkpointing": st.booleans(),
+            "activation_checkpointing": st.sampled_from(["none", "full"]),
             "weight_decay": st.sampled_from([0.0, 0.1]),
             "max_grad_norm": st.sampled_from([0.05, 1.0, 1000.0]),
             "lr_schedule": st.sampled_from(["cosine", "linear", "constant"]),

@@ -39,7 +39,7 @@ def test_gpu_memory_is_measured_and_every_path_gets_the_same_losses(method: str,
             "packed": {},
             "padded": {"packing": "off"},
             "one row a pass": {"token_budget": 8},
-            "checkpointing": {"activation_checkpointing": True},
+            "checkpointing": {"activation_checkpointing": "full"},
         }.items()
     }
     for run in runs.values():

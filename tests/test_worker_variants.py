@@ -312,7 +312,7 @@ def test_checkpoints_of_another_run_are_refused_naming_all_that_differs(
 
 def test_settings_that_do_not_shape_the_steps_may_change_before_a_resume(tmp_path: Path) -> None:
     run = train_here(make_run(tmp_path), StopAfter(3))
-    run.change_config(replace(run.config(), token_budget=100, keep_checkpoints=5, activation_checkpointing=True))
+    run.change_config(replace(run.config(), token_budget=100, keep_checkpoints=5, activation_checkpointing="full"))
     assert train_here(run).status().state == FINISHED
 
 

@@ -107,6 +107,6 @@ def rough_bytes(facts: Facts) -> int:
     tokens = max(longest, min(budget, config.rows_per_step * min(typical, longest)))
     a_layer = 34 * shape.hidden_size * tokens
     stored = 2 * shape.hidden_size * shape.layer_count * tokens + a_layer
-    activations = stored if config.activation_checkpointing else a_layer * shape.layer_count
+    activations = stored if config.activation_checkpointing in ("full", "offloaded") else a_layer * shape.layer_count
     logits = 10 * shape.vocabulary * tokens * 0.5  # about half of the tokens are learnt, and only theirs are made
     return round(LIBRARIES_BYTES + weights + BYTES_A_TRAINABLE * facts.trainable + activations + logits)

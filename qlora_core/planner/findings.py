@@ -198,12 +198,12 @@ def _machine(facts: Facts) -> list[Finding]:
         return found
     config, card = facts.config, facts.device.memory_bytes
     needed = rough_bytes(facts)
-    if facts.device.is_gpu and not config.activation_checkpointing and needed > USABLE * card:
+    if facts.device.is_gpu and config.activation_checkpointing in ("auto", "none") and needed > USABLE * card:
         found.append(Finding(
             WARN, "This card is small for the model",
             f"By a rule of thumb a pass needs {needed / GIB:.1f} GiB, {facts.device.name} has {card / GIB:.1f}. Recomputing "
             "activations saves memory and costs about a third of the speed; otherwise passes get smaller by themselves.",
-            {"activation_checkpointing": True}, "Recompute activations",
+            {"activation_checkpointing": "full"}, "Recompute activations",
         ))  # fmt: skip
     states = 2 if "8bit" in config.optimizer else 8
     # The newest ones, that of the best evaluation, one that is being written; and the adapter itself.

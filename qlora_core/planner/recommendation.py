@@ -102,7 +102,7 @@ def _with_method(facts: Facts, changes: list[Change], remarks: list[str]) -> Rec
     chosen = config.replace(facts.config, **{change.field: change.value for change in changes})
     usable = USABLE * device.memory_bytes
     for method in ("lora", "qlora"):
-        for recompute in (False, True):
+        for recompute in ("none", "full"):
             tried = config.replace(chosen, method=method, activation_checkpointing=recompute)
             needed = rough_bytes(replace(facts, config=tried))
             if needed <= usable:
@@ -115,7 +115,7 @@ def _with_method(facts: Facts, changes: list[Change], remarks: list[str]) -> Rec
                 second = Change(
                     "activation_checkpointing",
                     recompute,
-                    "otherwise they would not fit" if recompute else "activations fit too",
+                    "otherwise they would not fit" if recompute == "full" else "activations fit too",
                 )
                 return Recommendation(method, (first, *changes, second), tuple(remarks))
     most = max(0, usable - (needed - shape.quantised_parameters * NF4_BYTES)) / NF4_BYTES

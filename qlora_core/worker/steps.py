@@ -55,7 +55,7 @@ class Stepper:
         self.skipped_in_a_row = 0
         self.lengths_in_pass: tuple[int, ...] = ()
         self.checkpointing = False
-        if config.activation_checkpointing:
+        if config.activation_checkpointing in ("full", "offloaded"):
             self.use_checkpointing()
         mixed = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[dtype]
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
