@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT
 from tiny_models import model_folder
 
 from qlora_core.cli import main
 from qlora_core.config import TrainConfig
+from qlora_core.data.rows import Example, Message
 from qlora_core.settings import Settings
+from qlora_core.tokens import load_tokenizer, render
+from qlora_core.worker.loading import load_base
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
@@ -95,3 +99,15 @@ def test_the_benchmark_of_data_runs(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "inspect 2,000 rows" in finished.stdout and "2 problems, 20 duplicates" in finished.stdout
     assert "the same again, 300 rows" in finished.stdout and "near duplicates of 2,000 rows" in finished.stdout
+
+
+def test_a_random_model_is_written_and_a_row_of_words_has_a_token_each(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "benchmarks" / "random_models.py"), "tiny", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "tiny: 0.00 GiB in 4 files" in finished.stdout
+    example = Example(1, (Message("user", "w1 " * 40), Message("assistant", "w1019 " * 60)))
+    rendered = render(example, load_tokenizer(tmp_path))
+    assert (len(rendered.token_ids), rendered.supervised.sum()) == (104, 61)
+    model = load_base(tmp_path, TrainConfig(method="lora"), device=torch.device("cpu"), dtype="bf16")
+    assert model.num_parameters() == 1_443_072 and model.dtype == torch.bfloat16
