@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from httpx2 import HTTPError
@@ -20,6 +21,8 @@ from qlora_core.settings import Settings
 from qlora_core.targets import Architecture
 
 SECONDS = 180
+WORKER = Path(__file__).parent / "worker"
+DESCRIBE = ("architecture.py", "fused*.py")
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja"]
 
 
@@ -31,7 +34,7 @@ def read(base_model: str, settings: Settings) -> Architecture:
     except OSError as error:
         raise ModelError(f"base model {base_model!r}: its config.json cannot be read ({error.strerror})") from None
     version = importlib.metadata.version("transformers")
-    name = hashlib.sha256(config + version.encode()).hexdigest()
+    name = hashlib.sha256(config + version.encode() + _code_that_describes()).hexdigest()
     cached = settings.home / "architectures" / f"{name}.json"
     try:
         return Architecture.from_json(json.loads(cached.read_text()))
@@ -39,6 +42,12 @@ def read(base_model: str, settings: Settings) -> Architecture:
         text = _asked(folder, base_model, settings)
         _keep(text, cached)
         return Architecture.from_json(json.loads(text))
+
+
+@lru_cache(maxsize=1)
+def _code_that_describes() -> bytes:
+    """What is said of a model changes with it, above all which ones can be fused."""
+    return b"".join(path.read_bytes() for name in DESCRIBE for path in sorted(WORKER.glob(name)))
 
 
 def tokenizer_folder(base_model: str, settings: Settings) -> Path:

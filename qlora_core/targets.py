@@ -1,7 +1,7 @@
 """target_modules -> the linear layers that get an adapter, and its size. The same in the page and in the worker; no torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from qlora_core.config import TrainConfig
@@ -30,9 +30,13 @@ class Layer:
         return self.name.rsplit(".", 1)[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a base model consists of. Tied embeddings count once; `quantised_parameters` are what qlora holds in 4 bits."""
+    """What a base model consists of. Tied embeddings count once; `quantised_parameters` are what qlora holds in 4 bits.
+
+    `fusable`: the worker has decoder layers of its own for it. Sizes that an architecture does not have are told as those
+    of a usual one of its width.
+    """
 
     model_type: str
     layers: tuple[Layer, ...]
@@ -41,13 +45,20 @@ class Architecture:
     vocabulary: int
     hidden_size: int
     layer_count: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    is_tied: bool
+    fusable: bool
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Architecture":
         """Raises KeyError, TypeError or ValueError for anything but what a worker wrote."""
         layers = tuple(Layer(str(n), int(i), int(o), bool(h), bool(a)) for n, i, o, h, a in values["layers"])
-        numbers = ("parameters", "quantised_parameters", "vocabulary", "hidden_size", "layer_count")
-        return cls(str(values["model_type"]), layers, *(int(values[name]) for name in numbers))
+        numbers = {spec.name: int(values[spec.name]) for spec in fields(cls) if spec.type is int}
+        flags = {spec.name: bool(values[spec.name]) for spec in fields(cls) if spec.type is bool}
+        return cls(model_type=str(values["model_type"]), layers=layers, **numbers, **flags)
 
 
 def resolve(layers: Sequence[Layer], target_modules: str | tuple[str, ...]) -> list[Layer]:

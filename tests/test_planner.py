@@ -24,7 +24,7 @@ LICENCE = "apache-2.0"
 
 
 def shape(hidden: int, layers: int, inner: int, vocabulary: int, key_value: int) -> Architecture:
-    """A Llama of these sizes."""
+    """A Llama of these sizes, with heads of 64."""
     parts = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (hidden, key_value),
@@ -38,8 +38,11 @@ def shape(hidden: int, layers: int, inner: int, vocabulary: int, key_value: int)
     quantised = sum(layer.in_features * layer.out_features for layer in body)
     head = Layer("lm_head", hidden, vocabulary, is_head=True)
     return Architecture(
-        "llama", (*body, head), quantised + 2 * vocabulary * hidden, quantised, vocabulary, hidden, layers
-    )
+        model_type="llama", layers=(*body, head), parameters=quantised + 2 * vocabulary * hidden,
+        quantised_parameters=quantised, vocabulary=vocabulary, hidden_size=hidden, layer_count=layers,
+        attention_heads=hidden // 64, key_value_heads=key_value // 64, head_dim=64, intermediate_size=inner,
+        is_tied=False, fusable=True,
+    )  # fmt: skip
 
 
 LLAMA_8B = shape(4096, 32, 14_336, 128_256, 1024)

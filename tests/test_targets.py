@@ -68,7 +68,12 @@ def llama_like(count: int = 3) -> tuple[Layer, ...]:
 
 
 def test_the_sentence_counts_modules_layers_and_weights():
-    small = Architecture("llama", llama_like(), 100_000, 1_920, 100, 8, 3)
+    sizes = {"vocabulary": 100, "hidden_size": 8, "layer_count": 3, "intermediate_size": 16}
+    heads = {"attention_heads": 2, "key_value_heads": 1, "head_dim": 4}
+    small = Architecture(
+        model_type="llama", layers=llama_like(), parameters=100_000, quantised_parameters=1_920, is_tied=False, fusable=True,
+        **sizes, **heads,
+    )  # fmt: skip
     said = targets.sentence(small, TrainConfig(rank=4))
     assert said == ("q_proj, k_proj, v_proj, o_proj, … in 3 layers: 15 modules, 1,440 trainable weights (1.4 %)")
     one = targets.sentence(small, TrainConfig(rank=4, target_modules=("layers.1.mlp.up_proj",)))

@@ -26,7 +26,7 @@ def described(folder: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     layers = linear_layers(model)
-    embedding = model.get_input_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     return {
         "model_type": config.model_type,
         "layers": [list(asdict(layer).values()) for layer in layers],
@@ -35,7 +35,30 @@ def described(folder: Path) -> dict[str, Any]:
         "vocabulary": embedding.shape[0],
         "hidden_size": embedding.shape[1],
         "layer_count": config.get_text_config().num_hidden_layers,
+        **_sizes(config.get_text_config(), embedding.shape[1]),
+        "is_tied": head is not None and head.weight is model.get_input_embeddings().weight,
+        "fusable": _can_be_fused(model),
     }
+
+
+def _sizes(config: Any, hidden: int) -> dict[str, int]:
+    """Heads and inner width; of an architecture that names none, those of a usual one of its width."""
+    heads = getattr(config, "num_attention_heads", None) or max(1, hidden // 64)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    return {
+        "attention_heads": heads,
+        "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or hidden // heads,
+        "intermediate_size": max(inner) if isinstance(inner, (list, tuple)) else inner,
+    }
+
+
+def _can_be_fused(model: PreTrainedModel) -> bool:
+    try:
+        from qlora_core.worker.fused import problem_with
+    except ImportError:
+        return False
+    return problem_with(model) is None
 
 
 def linear_layers(model: PreTrainedModel) -> list[Layer]:

@@ -1,0 +1,306 @@
+"""(Shape, settings, plan of the passes, row lengths) -> peak memory, part by part, in bytes. Loads nothing; knows no torch."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qlora_core import targets
+from qlora_core.activations import fused_pass, plain_pass
+from qlora_core.config import TrainConfig
+from qlora_core.errors import ConfigError
+from qlora_core.targets import Architecture, Layer
+
+MIB, GIB = 1024**2, 1024**3
+
+# bitsandbytes: weights that share a constant, constants that share one of the second level, rounding of torch's allocator.
+NF4_BLOCK, CONSTANTS_BLOCK, ALLOCATION = 64, 256, 512
+OPTIMIZER_BLOCK = 256
+OPTIMIZER_32_BIT_BELOW, PAGED_FROM = 4096, 100_000  # elements of a tensor
+# Of a GPU: what cuBLAS holds in torch's pool; the driver's context with its kernels, and what the pool cannot fill.
+CUBLAS_BYTES = 32 * MIB
+CONTEXT_BYTES, FRAGMENTED = 600 * MIB, 0.05
+# Of a CPU: the worker with its libraries, before a model is loaded.
+LIBRARIES_BYTES = 700 * MIB
+# A pass of at least so many tokens keeps the device busy, (most, least) that are chosen: on a GPU, on a CPU.
+PASS_TOKENS = {True: (8192, 2048), False: (1024, 256)}
+# Steps whose order is drawn to find the largest pass; later ones are drawn alike.
+DRAWN_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the passes of a run use memory. Of the decoder's layers the first ones are recomputed."""
+
+    fused: bool  # decoder layers with our own few, large kernels (GPU, known architecture), else transformers' layers
+    token_budget: int  # tokens a pass may hold
+    checkpointed_layers: int  # decoder layers whose activations are recomputed, 0 to all
+    offloaded: bool  # what recomputed layers keep (their inputs) lies in host memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes at the peak. On a GPU `total_bytes` is what torch reports as its allocated peak; `context_bytes`, the driver's
+    context and what torch's pool cannot fill, comes on top and counts against the card. On a CPU it is all host memory."""
+
+    weights_bytes: int
+    quantisation_constants_bytes: int
+    adapters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int  # kept from the forward to the backward pass
+    working_bytes: int  # of the one layer that runs, or of the libraries' own workspaces
+    logits_bytes: int  # and their gradient; 0 where the peak is in a layer
+    libraries_bytes: int  # of a CPU's process; 0 on a GPU
+    context_bytes: int
+    host_bytes: int  # on a GPU: what lies in host memory instead, of paged optimizer states and offloaded activations
+    tokens: int  # of the largest pass
+    is_gpu: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts().values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on the device."""
+        return self.total_bytes + self.context_bytes
+
+    def parts(self) -> dict[str, int]:
+        """Parts of `total_bytes` by their names in the field, in the order in which they come to be."""
+        return {
+            "libraries": self.libraries_bytes,
+            "weights": self.weights_bytes,
+            "quantisation constants": self.quantisation_constants_bytes,
+            "adapters": self.adapters_bytes,
+            "optimizer": self.optimizer_bytes,
+            "gradients": self.gradients_bytes,
+            "activations": self.activations_bytes,
+            "working": self.working_bytes,
+            "logits": self.logits_bytes,
+        }
+
+
+def estimate(
+    shape: Architecture,
+    config: TrainConfig,
+    plan: Plan,
+    *,
+    row_lengths: Sequence[int],
+    supervised_share: float,
+    is_gpu: bool,
+    dtype_bytes: int,
+) -> MemoryEstimate:
+    """Peak of the steps of a run. `row_lengths`: tokens of training rows, a sample or all, cut at max_seq_length already;
+    `supervised_share`: of their tokens that are learnt; `dtype_bytes`: of a weight that is not quantised."""
+    targeted = targeted_layers(shape, config)
+    tokens = largest_pass(config, plan.token_budget, row_lengths)
+    a_pass = (fused_pass if plan.fused else plain_pass)(shape, config, targeted, tokens, supervised_share, dtype_bytes)
+    weights, constants = weight_bytes(shape, config, dtype_bytes)
+    optimizer, paged = optimizer_bytes(targeted, config, is_gpu=is_gpu)
+    trainable = targets.trainable_parameters(targeted, config)
+    recomputed, offloaded = min(plan.checkpointed_layers, shape.layer_count), plan.offloaded and is_gpu
+
+    inputs = tokens * shape.hidden_size * dtype_bytes
+    kept = (shape.layer_count - recomputed) * a_pass.layer + (2 * inputs if offloaded else recomputed * inputs)
+    kept += a_pass.around
+    working = a_pass.working + (a_pass.layer if recomputed == shape.layer_count else 0)
+    # The gradients of one layer are there when its backward pass ends; all of them in a second pass of the step.
+    several = largest_pass(config, 10**9, row_lengths) > tokens
+    gradients = 4 * trainable if several else 4 * trainable // max(1, shape.layer_count)
+    in_loss, in_layer, in_step = kept + a_pass.logits, kept + working, 4 * trainable - gradients
+    most = max(in_loss, in_layer, in_step)
+    at_step, at_loss = most == in_step, most == in_loss
+    return MemoryEstimate(
+        weights_bytes=weights,
+        quantisation_constants_bytes=constants,
+        adapters_bytes=trainable * (4 + (2 if dtype_bytes == 2 else 0)),
+        gradients_bytes=4 * trainable if at_step else gradients,
+        optimizer_bytes=optimizer,
+        activations_bytes=0 if at_step else kept,
+        working_bytes=(CUBLAS_BYTES if is_gpu else 0) + (0 if at_step or at_loss else working),
+        logits_bytes=a_pass.logits if at_loss and not at_step else 0,
+        libraries_bytes=0 if is_gpu else LIBRARIES_BYTES,
+        context_bytes=CONTEXT_BYTES + round(FRAGMENTED * most) if is_gpu else 0,
+        host_bytes=paged + (recomputed * inputs if offloaded else 0),
+        tokens=tokens,
+        is_gpu=is_gpu,
+    )
+
+
+def targeted_layers(shape: Architecture, config: TrainConfig) -> list[Layer]:
+    """Layers with an adapter; none where target_modules fits none."""
+    try:
+        return targets.resolve(shape.layers, config.target_modules)
+    except ConfigError:
+        return []
+
+
+# -- what is there whatever the rows are
+
+
+def weight_bytes(shape: Architecture, config: TrainConfig, dtype_bytes: int) -> tuple[int, int]:
+    """(weights, quantisation constants) of the frozen base."""
+    if config.method != "qlora":
+        return shape.parameters * dtype_bytes, 0
+    quantised = shape.quantised_parameters
+    modules = sum(not layer.is_head for layer in shape.layers)
+    weights = (shape.parameters - quantised) * dtype_bytes + quantised // 2
+    blocks = quantised // NF4_BLOCK
+    a_module = ALLOCATION  # its table of 16 values
+    if not config.double_quant:
+        return weights, 4 * blocks + modules * a_module
+    a_module += ALLOCATION  # the constants' mean
+    return weights, blocks + 4 * (blocks // CONSTANTS_BLOCK) + modules * a_module
+
+
+def optimizer_bytes(targeted: Sequence[Layer], config: TrainConfig, *, is_gpu: bool) -> tuple[int, int]:
+    """(on the device, paged to the host) for the two moments of AdamW, tensor by tensor."""
+    device, paged = 0, 0
+    for elements in adapter_tensors(targeted, config):
+        if "8bit" in config.optimizer and elements >= OPTIMIZER_32_BIT_BELOW:
+            states, constants = 2 * elements, 2 * 4 * -(-elements // OPTIMIZER_BLOCK)
+        else:
+            states, constants = 8 * elements, 0
+        pages = is_gpu and config.optimizer.startswith("paged") and elements >= PAGED_FROM
+        device += constants + (0 if pages else states)
+        paged += states if pages else 0
+    return device, paged
+
+
+def adapter_tensors(targeted: Sequence[Layer], config: TrainConfig) -> list[int]:
+    """Elements of each tensor that learns: A and B of a layer, with DoRA its magnitudes."""
+    return [
+        elements
+        for layer in targeted
+        for elements in (
+            config.rank * layer.in_features,
+            config.rank * layer.out_features,
+            *([layer.out_features] if config.use_dora else []),
+        )
+    ]
+
+
+# -- rows
+
+
+def largest_pass(config: TrainConfig, token_budget: int, row_lengths: Sequence[int]) -> int:
+    """Tokens of the largest pass: what the rows of a step fill of the budget, at least the longest row."""
+    lengths = tuple(row_lengths) or (config.max_seq_length,)
+    longest = max(lengths)
+    return max(longest, min(token_budget, _largest_step(lengths, config.rows_per_step, config.seed, config.packing)))
+
+
+@lru_cache(maxsize=8)
+def _largest_step(lengths: tuple[int, ...], rows_per_step: int, seed: int, packing: str) -> int:
+    """Tokens of the largest of the steps that are drawn, in the worker's own order where these are all its rows."""
+    if len(lengths) < rows_per_step:
+        return max(lengths) * rows_per_step if packing == "off" else sum(lengths)
+    largest, drawn, epoch = 0, 0, 0
+    while drawn < DRAWN_STEPS:
+        order = list(range(len(lengths)))
+        random.Random(seed * 1_000_003 + epoch).shuffle(order)
+        for begin in range(0, len(order), rows_per_step):
+            rows = [lengths[i] for i in order[begin : begin + rows_per_step]]
+            largest = max(largest, max(rows) * len(rows) if packing == "off" else sum(rows))
+            drawn += 1
+        epoch += 1
+    return largest
+
+
+# -- the plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The fastest plan that fits, or the one that needs least where none does; `reason` is a sentence."""
+
+    plan: Plan
+    estimate: MemoryEstimate
+    reason: str
+    fits: bool
+
+
+def choose_plan(
+    shape: Architecture,
+    config: TrainConfig,
+    *,
+    row_lengths: Sequence[int],
+    supervised_share: float,
+    is_gpu: bool,
+    dtype_bytes: int,
+    usable_bytes: int,
+    can_fuse: bool,
+) -> Planned:
+    """The fastest plan that needs at most `usable_bytes`, or the config's own budget where that is lower. What the config
+    sets itself is kept. Context and fragmentation are among what must fit."""
+    known = {"row_lengths": tuple(row_lengths) or (config.max_seq_length,), "supervised_share": supervised_share}
+    known |= {"is_gpu": is_gpu, "dtype_bytes": dtype_bytes}
+    if config.memory_budget_gib is not None:
+        usable_bytes = min(usable_bytes, round(config.memory_budget_gib * GIB))
+    fused = can_fuse and is_gpu and config.fused_layers == "auto"
+    longest = max(known["row_lengths"])
+    least: tuple[Plan, MemoryEstimate] | None = None
+    for plan in _plans(shape, config, longest, is_gpu=is_gpu, fused=fused):
+        needed = estimate(shape, config, plan, **known)
+        if needed.needed_bytes <= usable_bytes:
+            return Planned(plan=plan, estimate=needed, reason=_reason(plan, shape, is_gpu=is_gpu), fits=True)
+        if least is None or needed.needed_bytes < least[1].needed_bytes:
+            least = plan, needed
+    plan, needed = least
+    return Planned(plan=plan, estimate=needed, reason=_remedies(config, needed, usable_bytes), fits=False)
+
+
+def _plans(shape: Architecture, config: TrainConfig, longest: int, *, is_gpu: bool, fused: bool) -> Iterator[Plan]:
+    """Fastest first. Smaller passes cost little, each recomputed layer its share of a third, host memory more."""
+    most, least = PASS_TOKENS[is_gpu]
+    if config.token_budget is not None:
+        budgets = [config.token_budget]
+    else:
+        budgets = [most]
+        while budgets[-1] > max(longest, least):
+            budgets.append(max(longest, least, budgets[-1] // 2))
+    layers, asked = shape.layer_count, config.activation_checkpointing
+    first = {"none": 0, "auto": 0}.get(asked, layers)
+    offload = is_gpu and asked in ("auto", "offloaded")
+
+    def plan(budget: int, layers: int, offloaded: bool) -> Plan:
+        return Plan(fused=fused, token_budget=budget, checkpointed_layers=layers, offloaded=offloaded)
+
+    for budget in budgets:
+        yield plan(budget, first, asked == "offloaded")
+    if asked == "auto":
+        for count in range(1, layers + 1):
+            yield plan(budgets[-1], count, False)
+    if offload:
+        yield plan(budgets[-1], layers, True)
+    if config.token_budget is None and budgets[-1] > longest:
+        while budgets[-1] > longest:
+            budgets.append(max(longest, budgets[-1] // 2))
+            yield plan(budgets[-1], layers if asked == "auto" else first, offload)
+
+
+def _reason(plan: Plan, shape: Architecture, *, is_gpu: bool) -> str:
+    passes = f"passes of up to {plan.token_budget:,} tokens"
+    count, layers = plan.checkpointed_layers, shape.layer_count
+    if not count:
+        return f"{passes}, nothing is recomputed"
+    which = "all layers are recomputed" if count >= layers else f"{count} of {layers} layers are recomputed"
+    return f"{passes}, {which}" + (", with their inputs in host memory" if plan.offloaded else "")
+
+
+def _remedies(config: TrainConfig, needed: MemoryEstimate, usable_bytes: int) -> str:
+    """What would make it fit, the largest gain first."""
+    options = []
+    if config.method != "qlora":
+        options.append("QLoRA, which holds the base in 4 bits")
+    if config.rank > 8:
+        options.append(f"a lower rank than {config.rank}")
+    if config.optimizer == "adamw_torch_fused":
+        options.append("an 8-bit or paged optimizer")
+    if config.activation_checkpointing == "none":
+        options.append("recomputed activations")
+    options.append("shorter rows")
+    options.append("a smaller base model")
+    gib = f"{needed.needed_bytes / GIB:.1f} GiB at the least, {usable_bytes / GIB:.1f} may be used"
+    return f"does not fit: {gib}; what would help: {', '.join(options)}"
