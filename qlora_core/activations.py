@@ -6,87 +6,135 @@ from dataclasses import dataclass
 from qlora_core.config import TrainConfig
 from qlora_core.targets import Architecture, Layer
 
-# Rows of logits that the fused loss makes at a time.
-LOSS_ROWS = 2048
+# Of the fused layers: bytes of logits that are made at a time, and what the columns for adapters are a multiple of.
+LOGITS_BYTES, ALIGNED = 2**28, 8
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
 class PassBytes:
-    layer: int  # what a layer that is not recomputed keeps for its backward pass
+    layer: int  # what a layer that is not recomputed keeps from its forward to its backward pass
+    layer_input: int  # the part of it that a recomputed layer keeps
     around: int  # kept outside the layers
-    working: int  # of the one layer whose backward pass runs
-    logits: int  # of the loss, when every layer's activations are there
+    working: int  # what the backward pass of one layer needs beside what is kept
+    loss: int  # what the loss needs, when every layer's activations are there
+    buffers: int = 0  # allocated once, for all passes
 
 
 def fused_pass(
     shape: Architecture, config: TrainConfig, targeted: Sequence[Layer], tokens: int, supervised_share: float, size: int
 ) -> PassBytes:
-    """Our own decoder layers; `size` bytes a number."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    query, key_value = shape.attention_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
-    modules = len(targeted) / max(1, shape.layer_count)
+    """Our own decoder layers, a term for each tensor; `size` bytes a number."""
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.attention_heads
+    query, key_value = heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    # Columns of x·A^T, beside the outputs of the matrices that share an input.
+    qkv, o, gate_up, down = (
+        columns(targeted, config, shape, names) for names in (QKV, ["o_proj"], GATE_UP, ["down_proj"])
+    )
     layer = (
         hidden * size  # its input
-        + (query + 2 * key_value) * size  # query, key and value, after their rotation
+        + (query + 2 * key_value + qkv) * size  # query and key, rotated, and value
         + query * size  # what attention returns
-        + shape.attention_heads * 4  # and the logarithms of its sums
-        + hidden * size  # the residual between attention and MLP
-        + 2 * inner * size  # gate and up
-        + modules * config.rank * size  # X·A of each module with an adapter
-        + 2 * 4  # the scales of both norms
+        + heads * 4  # and the logarithms of its sums
+        + o * size
+        + hidden * size  # the residual stream between attention and MLP
+        + (2 * inner + gate_up) * size
+        + down * size
+        + 2 * 4  # the scale of each norm
     )
-    gradients = (
-        2 * inner * size  # gate's and up's
-        + 2 * inner * size  # the MLP's activation, made again, and its gradient
-        + 3 * hidden * size  # the layer's input's, output's, and one between
-    )
-    weights = 0
-    if config.method == "qlora":  # matrices that share an input are dequantised together
-        weights = size * hidden * max(2 * inner, query + 2 * key_value)
+    gradient = (hidden + max(o, down)) * size  # that of the residual stream
+    in_mlp = (inner + down) * size  # the MLP's activation, made again
+    in_attention = (
+        hidden * size + gate_up * size  # gradients of what the MLP read
+        + (query + o) * size  # of what attention returned
+        + (query + 2 * key_value) * size  # of query, key and value
+        + query * 4 + heads * 4  # FlashAttention adds up query's in fp32,
+        + (2 * query * size if key_value < query else 0)  # and key's and value's for each head of query
+        - (2 * inner + gate_up) * size  # gate and up are gone by then
+    )  # fmt: skip
     learnt = supervised_share * tokens
-    logits = (
-        min(learnt, LOSS_ROWS) * shape.vocabulary * size  # their gradient takes their place
-        + 2 * learnt * hidden * size  # the hidden states that are learnt from, and their gradient
-        + learnt * 8
+    states = learnt * hidden * size
+    logits = min(learnt * shape.vocabulary * size, LOGITS_BYTES)  # their gradient takes their place
+    loss = tokens * hidden * size + 2 * states + max(logits, tokens * gradient + states)
+    return PassBytes(
+        layer=round(tokens * layer),
+        layer_input=tokens * hidden * size,
+        around=tokens * (2 * shape.head_dim * size + 2 * 8),  # cosines and sines of the positions; ids
+        working=round(tokens * (gradient + max(in_mlp, in_attention))),
+        loss=round(loss),
+        buffers=_scratch(shape, config, query, key_value, qkv, gate_up, down, size),
     )
-    around = 2 * tokens * hidden * size  # the last layer's output, before and after its norm
-    return PassBytes(round(tokens * layer), around, round(tokens * gradients + weights), round(logits))
+
+
+def columns(targeted: Sequence[Layer], config: TrainConfig, shape: Architecture, names: Sequence[str]) -> int:
+    """Ranks of a layer's adapters on these modules, which share an input."""
+    modules = sum(layer.last_name in names for layer in targeted)
+    return -(-modules * config.rank // (max(1, shape.layer_count) * ALIGNED)) * ALIGNED
+
+
+def _scratch(
+    shape: Architecture, config: TrainConfig, query: int, key_value: int, qkv: int, gate_up: int, down: int, size: int
+) -> int:
+    """Room for the largest group of matrices that share an input, dequantised, with A below them."""
+    if config.method != "qlora":
+        return 0
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    groups = (hidden * (2 * inner + gate_up), hidden * (query + 2 * key_value + qkv), inner * (hidden + down))
+    return size * max(groups)
 
 
 def plain_pass(
-    shape: Architecture, config: TrainConfig, targeted: Sequence[Layer], tokens: int, supervised_share: float, size: int
+    shape: Architecture,
+    config: TrainConfig,
+    targeted: Sequence[Layer],
+    tokens: int,
+    supervised_share: float,
+    size: int,
+    *,
+    masked: int,
+    is_gpu: bool,
 ) -> PassBytes:
-    """transformers' layers with PEFT's adapters, autocast to 16 bits or all in fp32; `size` bytes a number."""
+    """transformers' layers with PEFT's adapters, autocast to 16 bits or all in fp32; `size` bytes a number. `masked`: columns
+    of the mask that keeps rows apart, 0 without one. Each term was checked against what autograd saves."""
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, max(1, shape.layer_count)
     query = shape.attention_heads * shape.head_dim
+    key_value = (
+        query if masked else shape.key_value_heads * shape.head_dim
+    )  # with a mask repeated for each head of query
     layer = (
-        2 * hidden * 4  # the input of each norm, in fp32
-        + 4 * query * size  # query, key and value, repeated for each head, and what attention returns
-        + shape.attention_heads * 4
+        2 * (hidden * 4 + 4)  # the input of each norm, in fp32, and its scale
+        + 2 * (query + key_value) * size  # query, key and value, and what attention returns
+        + masked * size + shape.attention_heads * 4
         + 3 * inner * size  # gate, up and the activated gate
-        + _adapter_inputs(targeted, config, size) / layers
-        + len(targeted) / layers * config.rank * size  # X·A
-    )
+        + _adapter_inputs(targeted, config, size, mask=1 if is_gpu else 4) / layers
+        + len(targeted) / layers * config.rank * size  # x·A^T
+    )  # fmt: skip
+    outputs, squares = sum(layer.out_features for layer in targeted), sum(layer.in_features**2 for layer in targeted)
+    dora = (
+        size * (2 * tokens * outputs + squares) / layers if config.use_dora else 0
+    )  # PEFT gets B·A from a unit matrix
     gradients = 3 * inner * size + inner * (4 + size) + 3 * hidden * 4  # PEFT casts to fp32 and back
     largest = max((layer.in_features * layer.out_features for layer in shape.layers if not layer.is_head), default=0)
-    weights = largest * size if config.method == "qlora" else 0
+    weights = largest * size if config.method == "qlora" else 0  # dequantised, one at a time
     learnt = supervised_share * tokens
-    logits = (
-        learnt * shape.vocabulary * 12 + 2 * learnt * hidden * size
-    )  # log-probabilities, and two gradients, in fp32
+    # In fp32 the log-probabilities of all tokens and two gradients of them.
+    loss = learnt * shape.vocabulary * 3 * 4 + 2 * learnt * hidden * size
     return PassBytes(
-        round(tokens * layer), tokens * hidden * (4 + size), round(tokens * gradients + weights), round(logits)
+        layer=round(tokens * layer + dora),
+        layer_input=tokens * hidden * size,
+        around=tokens
+        * (hidden * (4 + size) + 2 * shape.head_dim * size),  # the last norm's input and output; positions
+        working=round(tokens * gradients + weights),
+        loss=round(loss),
     )
 
 
-def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int) -> int:
-    """Bytes a token that adapters keep of their inputs: in 16 bits PEFT's cast makes each its own copy, in fp32 the layers
-    of one block share one, but for the last, which reads what the others made."""
-    if size == 2 or config.lora_dropout > 0:
-        mask = 1 if config.lora_dropout > 0 else 0
+def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int, *, mask: int) -> int:
+    """Bytes a token that adapters keep of their inputs. In fp32 the layers of a block share one; in 16 bits PEFT's cast, and
+    dropout anyhow, makes each its own, with dropout a `mask` beside it."""
+    if config.lora_dropout > 0:
         return sum(layer.in_features * (size + mask) for layer in targeted)
-    last = {layer.name.rpartition(".")[0]: layer.name for layer in targeted}
-    inputs = {
-        (block := layer.name.rpartition(".")[0], last[block] == layer.name): layer.in_features for layer in targeted
-    }
-    return size * sum(inputs.values())
+    if size == 2:
+        return sum(layer.in_features * size for layer in targeted)
+    shared = {(layer.name.rpartition(".")[0], layer.in_features): layer.in_features for layer in targeted}
+    return size * sum(shared.values())

@@ -8,15 +8,11 @@ from functools import lru_cache
 from qlora_core import targets
 from qlora_core.activations import fused_pass, plain_pass
 from qlora_core.config import TrainConfig
-from qlora_core.errors import ConfigError
-from qlora_core.targets import Architecture, Layer
+from qlora_core.footprint import adapter_bytes, optimizer_bytes, targeted_layers, weight_bytes
+from qlora_core.targets import Architecture
 
 MIB, GIB = 1024**2, 1024**3
 
-# bitsandbytes: weights that share a constant, constants that share one of the second level, rounding of torch's allocator.
-NF4_BLOCK, CONSTANTS_BLOCK, ALLOCATION = 64, 256, 512
-OPTIMIZER_BLOCK = 256
-OPTIMIZER_32_BIT_BELOW, PAGED_FROM = 4096, 100_000  # elements of a tensor
 # Of a GPU: what cuBLAS holds in torch's pool; the driver's context with its kernels, and what the pool cannot fill.
 CUBLAS_BYTES = 32 * MIB
 CONTEXT_BYTES, FRAGMENTED = 600 * MIB, 0.05
@@ -25,7 +21,7 @@ LIBRARIES_BYTES = 700 * MIB
 # A pass of at least so many tokens keeps the device busy, (most, least) that are chosen: on a GPU, on a CPU.
 PASS_TOKENS = {True: (8192, 2048), False: (1024, 256)}
 # Steps whose order is drawn to find the largest pass; later ones are drawn alike.
-DRAWN_STEPS = 1000
+DRAWN_STEPS, ALL_TOKENS = 1000, 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,90 +91,45 @@ def estimate(
     `supervised_share`: of their tokens that are learnt; `dtype_bytes`: of a weight that is not quantised."""
     targeted = targeted_layers(shape, config)
     tokens = largest_pass(config, plan.token_budget, row_lengths)
-    a_pass = (fused_pass if plan.fused else plain_pass)(shape, config, targeted, tokens, supervised_share, dtype_bytes)
+    sizes = shape, config, targeted, tokens, supervised_share, dtype_bytes
+    if plan.fused:
+        a_pass = fused_pass(*sizes)
+    else:
+        longest = max(row_lengths, default=tokens)
+        masked = 0 if tokens == longest else tokens if config.packing == "auto" else longest
+        a_pass = plain_pass(*sizes, masked=masked, is_gpu=is_gpu)
     weights, constants = weight_bytes(shape, config, dtype_bytes)
     optimizer, paged = optimizer_bytes(targeted, config, is_gpu=is_gpu)
     trainable = targets.trainable_parameters(targeted, config)
-    recomputed, offloaded = min(plan.checkpointed_layers, shape.layer_count), plan.offloaded and is_gpu
 
-    inputs = tokens * shape.hidden_size * dtype_bytes
-    kept = (shape.layer_count - recomputed) * a_pass.layer + (2 * inputs if offloaded else recomputed * inputs)
-    kept += a_pass.around
-    working = a_pass.working + (a_pass.layer if recomputed == shape.layer_count else 0)
-    # The gradients of one layer are there when its backward pass ends; all of them in a second pass of the step.
-    several = largest_pass(config, 10**9, row_lengths) > tokens
-    gradients = 4 * trainable if several else 4 * trainable // max(1, shape.layer_count)
-    in_loss, in_layer, in_step = kept + a_pass.logits, kept + working, 4 * trainable - gradients
-    most = max(in_loss, in_layer, in_step)
-    at_step, at_loss = most == in_step, most == in_loss
+    layers, offloaded = shape.layer_count, plan.offloaded and is_gpu
+    recomputed = min(plan.checkpointed_layers, layers)
+    inputs_kept = (2 if offloaded else recomputed) * a_pass.layer_input
+    kept = a_pass.around + (layers - recomputed) * a_pass.layer + (inputs_kept if recomputed else 0)
+    # The last layers go back first: where they are recomputed too, all that one keeps comes on top of the inputs.
+    in_layer = a_pass.working + (a_pass.layer - a_pass.layer_input if recomputed == layers else 0)
+    # Our layers hold all gradients at once. Autograd's come layer by layer, but are all there in a step's second pass.
+    whole = 4 * trainable
+    several = largest_pass(config, ALL_TOKENS, row_lengths) > tokens
+    gradients = whole if plan.fused or several else whole // max(1, layers)
+    at_step = whole - gradients > kept + max(in_layer, a_pass.loss)
+    in_loss = not at_step and a_pass.loss > in_layer
+    on_top = 0 if at_step else max(in_layer, a_pass.loss)
     return MemoryEstimate(
         weights_bytes=weights,
         quantisation_constants_bytes=constants,
-        adapters_bytes=trainable * (4 + (2 if dtype_bytes == 2 else 0)),
-        gradients_bytes=4 * trainable if at_step else gradients,
+        adapters_bytes=adapter_bytes(shape, config, targeted, dtype_bytes, fused=plan.fused),
+        gradients_bytes=whole if at_step else gradients,
         optimizer_bytes=optimizer,
         activations_bytes=0 if at_step else kept,
-        working_bytes=(CUBLAS_BYTES if is_gpu else 0) + (0 if at_step or at_loss else working),
-        logits_bytes=a_pass.logits if at_loss and not at_step else 0,
+        working_bytes=a_pass.buffers + (CUBLAS_BYTES if is_gpu else 0) + (0 if in_loss else on_top),
+        logits_bytes=on_top if in_loss else 0,
         libraries_bytes=0 if is_gpu else LIBRARIES_BYTES,
-        context_bytes=CONTEXT_BYTES + round(FRAGMENTED * most) if is_gpu else 0,
-        host_bytes=paged + (recomputed * inputs if offloaded else 0),
+        context_bytes=CONTEXT_BYTES + round(FRAGMENTED * (kept + on_top)) if is_gpu else 0,
+        host_bytes=paged + (recomputed * a_pass.layer_input if offloaded else 0),
         tokens=tokens,
         is_gpu=is_gpu,
     )
-
-
-def targeted_layers(shape: Architecture, config: TrainConfig) -> list[Layer]:
-    """Layers with an adapter; none where target_modules fits none."""
-    try:
-        return targets.resolve(shape.layers, config.target_modules)
-    except ConfigError:
-        return []
-
-
-# -- what is there whatever the rows are
-
-
-def weight_bytes(shape: Architecture, config: TrainConfig, dtype_bytes: int) -> tuple[int, int]:
-    """(weights, quantisation constants) of the frozen base."""
-    if config.method != "qlora":
-        return shape.parameters * dtype_bytes, 0
-    quantised = shape.quantised_parameters
-    modules = sum(not layer.is_head for layer in shape.layers)
-    weights = (shape.parameters - quantised) * dtype_bytes + quantised // 2
-    blocks = quantised // NF4_BLOCK
-    a_module = ALLOCATION  # its table of 16 values
-    if not config.double_quant:
-        return weights, 4 * blocks + modules * a_module
-    a_module += ALLOCATION  # the constants' mean
-    return weights, blocks + 4 * (blocks // CONSTANTS_BLOCK) + modules * a_module
-
-
-def optimizer_bytes(targeted: Sequence[Layer], config: TrainConfig, *, is_gpu: bool) -> tuple[int, int]:
-    """(on the device, paged to the host) for the two moments of AdamW, tensor by tensor."""
-    device, paged = 0, 0
-    for elements in adapter_tensors(targeted, config):
-        if "8bit" in config.optimizer and elements >= OPTIMIZER_32_BIT_BELOW:
-            states, constants = 2 * elements, 2 * 4 * -(-elements // OPTIMIZER_BLOCK)
-        else:
-            states, constants = 8 * elements, 0
-        pages = is_gpu and config.optimizer.startswith("paged") and elements >= PAGED_FROM
-        device += constants + (0 if pages else states)
-        paged += states if pages else 0
-    return device, paged
-
-
-def adapter_tensors(targeted: Sequence[Layer], config: TrainConfig) -> list[int]:
-    """Elements of each tensor that learns: A and B of a layer, with DoRA its magnitudes."""
-    return [
-        elements
-        for layer in targeted
-        for elements in (
-            config.rank * layer.in_features,
-            config.rank * layer.out_features,
-            *([layer.out_features] if config.use_dora else []),
-        )
-    ]
 
 
 # -- rows

@@ -9,16 +9,10 @@ from qlora_core.data.sample import RowFacts
 from qlora_core.errors import ConfigError
 from qlora_core.targets import Architecture
 
-GIB = 1024**3
 # Rank for up to so many training rows.
 RANKS = ((5_000, 8), (50_000, 16), (200_000, 32), (math.inf, 64))
-# 4 bits, and double-quantised constants (QLoRA paper, measured).
-NF4_BYTES = 4.127 / 8
-# An adapter's weight in fp32, its gradient, and the two states of AdamW.
-BYTES_A_TRAINABLE = 16
-PASS_TOKENS = {True: 8192, False: 1024}  # the worker's own token budgets: on a GPU, on a CPU
-LIBRARIES_BYTES = GIB  # torch and its device's context, whatever the model
-USABLE = 0.9  # of a memory: the rest is the driver's, fragments, other processes
+# Of a memory: the rest is the driver's and other processes'.
+USABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -89,24 +83,3 @@ def length_for(rows: RowFacts, positions: int | None) -> int:
     longest, most = max(rows.tokens), rows.length_at(0.99)
     wanted = longest if longest <= 1.5 * most else most
     return min(max(64, -(-wanted // 64) * 64), positions or 131_072, 131_072)
-
-
-def rough_bytes(facts: Facts) -> int:
-    """A rule of thumb, within some tens of per cent, for the peak of the largest pass.
-
-    Activations: 34 bytes a token, layer and hidden unit (https://arxiv.org/abs/2205.05198 without attention matrices, which
-    are never stored; 31 GiB measured at 8,192 tokens on the Llama-3-8B shape), or 2 where they are recomputed.
-    """
-    shape, config = facts.architecture, facts.config
-    bytes_a_weight = 2 if facts.device.has_bf16 or facts.device.is_gpu else 4
-    quantised = shape.quantised_parameters if config.method == "qlora" else 0
-    weights = (shape.parameters - quantised) * bytes_a_weight + quantised * NF4_BYTES
-    longest = min(max(facts.rows.tokens, default=512) if facts.rows else 512, config.max_seq_length)
-    typical = facts.rows.length_at(0.9) if facts.rows else 512
-    budget = config.token_budget or PASS_TOKENS[facts.device.is_gpu]
-    tokens = max(longest, min(budget, config.rows_per_step * min(typical, longest)))
-    a_layer = 34 * shape.hidden_size * tokens
-    stored = 2 * shape.hidden_size * shape.layer_count * tokens + a_layer
-    activations = stored if config.activation_checkpointing in ("full", "offloaded") else a_layer * shape.layer_count
-    logits = 10 * shape.vocabulary * tokens * 0.5  # about half of the tokens are learnt, and only theirs are made
-    return round(LIBRARIES_BYTES + weights + BYTES_A_TRAINABLE * facts.trainable + activations + logits)

@@ -6,7 +6,9 @@ from typing import Any
 
 from qlora_core import targets
 from qlora_core.data.rows import counted
-from qlora_core.planner.facts import GIB, USABLE, Facts, learning_rate_for, length_for, rank_for, rough_bytes
+from qlora_core.memory import GIB
+from qlora_core.planner.facts import Facts, learning_rate_for, length_for, rank_for
+from qlora_core.planner.fitting import planned, rank_for_memory, usable_bytes, with_settings
 from qlora_core.scores import wilson_interval
 
 STOP, WARN, NOTE = "stop", "warn", "note"
@@ -193,18 +195,55 @@ def _evaluation(facts: Facts) -> list[Finding]:
 
 
 def _machine(facts: Facts) -> list[Finding]:
-    found = []
     if facts.architecture is None or not facts.targeted:
-        return found
-    config, card = facts.config, facts.device.memory_bytes
-    needed = rough_bytes(facts)
-    if facts.device.is_gpu and config.activation_checkpointing in ("auto", "none") and needed > USABLE * card:
-        found.append(Finding(
-            WARN, "This card is small for the model",
-            f"By a rule of thumb a pass needs {needed / GIB:.1f} GiB, {facts.device.name} has {card / GIB:.1f}. Recomputing "
-            "activations saves memory and costs about a third of the speed; otherwise passes get smaller by themselves.",
-            {"activation_checkpointing": "full"}, "Recompute activations",
-        ))  # fmt: skip
+        return []
+    return [*_memory(facts), *_disk(facts)]
+
+
+def _memory(facts: Facts) -> list[Finding]:
+    plan, layers = planned(facts), facts.architecture.layer_count
+    where = f"{usable_bytes(facts) / GIB:.1f} GiB of {facts.device.name} may be used"
+    if facts.config.memory_budget_gib is None:
+        where = f"{facts.device.name} has {facts.device.memory_bytes / GIB:.1f}"
+    if not plan.fits:
+        why = f"By estimate the run needs {plan.estimate.needed_bytes / GIB:.1f} GiB at the least, and {where}."
+        return [Finding(WARN, "The run does not fit the memory", why, *_fitting(facts))]
+    recomputed = plan.plan.checkpointed_layers
+    if facts.config.activation_checkpointing == "auto" and 2 * recomputed > layers:
+        host = " and keep their inputs in host memory" if plan.plan.offloaded else ""
+        why = f"{where[0].upper()}{where[1:]}: to fit, {recomputed} of {layers} layers compute their activations again{host}."
+        return [Finding(NOTE, "Steps will be slower, to fit the memory", why, *_roomier(facts))]
+    return []
+
+
+def _fitting(facts: Facts) -> tuple[dict[str, Any], str] | tuple[()]:
+    """The smallest change with which the run would fit."""
+    config = facts.config
+    tried: list[tuple[dict[str, Any], str]] = []
+    if config.token_budget is not None:
+        tried.append(({"token_budget": None}, "Choose the token budget by memory"))
+    if config.activation_checkpointing != "auto":
+        tried.append(({"activation_checkpointing": "auto"}, "Recompute activations where they do not fit"))
+    rank = rank_for_memory(facts).rank
+    if rank is not None and rank < config.rank:
+        tried.append(({"rank": rank}, f"Set rank to {rank}"))
+    if config.method != "qlora" and config.init_lora_weights in ("default", "gaussian"):
+        tried.append(({"method": "qlora"}, "Use QLoRA: the base in 4 bits"))
+        both = {"method": "qlora", "activation_checkpointing": "auto", "token_budget": None}
+        tried.append((both, "Use QLoRA, and plan its passes by memory"))
+    return next((found for found in tried if planned(with_settings(facts, **found[0])).fits), ())
+
+
+def _roomier(facts: Facts) -> tuple[dict[str, Any], str] | tuple[()]:
+    if facts.config.method == "qlora" or facts.config.init_lora_weights not in ("default", "gaussian"):
+        return ()
+    plan = planned(with_settings(facts, method="qlora"))
+    fast = plan.fits and not plan.plan.checkpointed_layers
+    return ({"method": "qlora"}, "Use QLoRA, which fits without") if fast else ()
+
+
+def _disk(facts: Facts) -> list[Finding]:
+    config, found = facts.config, []
     states = 2 if "8bit" in config.optimizer else 8
     # The newest ones, that of the best evaluation, one that is being written; and the adapter itself.
     checkpoints = facts.trainable * ((config.keep_checkpoints + 2) * (4 + states) + 4)

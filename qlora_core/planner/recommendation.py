@@ -1,21 +1,14 @@
 """What we would choose for these rows on this device, each setting with its reason. Facts in, a Recommendation out."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_core import config
 from qlora_core.data.rows import counted
-from qlora_core.planner.facts import (
-    GIB,
-    NF4_BYTES,
-    USABLE,
-    Facts,
-    learning_rate_for,
-    length_for,
-    rank_for,
-    rough_bytes,
-)
+from qlora_core.footprint import nf4_bytes
+from qlora_core.memory import GIB, Planned
+from qlora_core.planner.facts import Facts, learning_rate_for, length_for, rank_for
+from qlora_core.planner.fitting import planned, rank_for_memory, usable_bytes, with_settings
 
 MANY_ROWS = 500_000
 
@@ -97,30 +90,41 @@ def _for_lengths(facts: Facts) -> list[Change]:
 
 
 def _with_method(facts: Facts, changes: list[Change], remarks: list[str]) -> Recommendation:
-    """The first of LoRA, QLoRA that fits the memory, with activations kept where they fit too."""
-    device, shape = facts.device, facts.architecture
-    chosen = config.replace(facts.config, **{change.field: change.value for change in changes})
-    usable = USABLE * device.memory_bytes
+    """The first of LoRA, QLoRA that fits the memory, with a rank that fits too."""
+    changes = [
+        *changes,
+        Change("token_budget", None, "automatic: as many tokens a pass as are fast and fit"),
+        Change("activation_checkpointing", "auto", "automatic: recomputed in as few layers as fit"),
+    ]
+    chosen = with_settings(facts, **{change.field: change.value for change in changes})
     for method in ("lora", "qlora"):
-        for recompute in ("none", "full"):
-            tried = config.replace(chosen, method=method, activation_checkpointing=recompute)
-            needed = rough_bytes(replace(facts, config=tried))
-            if needed <= usable:
-                size = f"about {needed / GIB:.1f} GiB of {device.memory_bytes / GIB:.1f} on {device.name}, by a rule of thumb"
-                why = {
-                    "lora": f"the 16-bit base fits ({size}): nothing is lost to 4 bits, and steps are faster",
-                    "qlora": f"the base fits in 4 bits only ({size})",
-                }[method]
-                first = Change("method", method, why)
-                second = Change(
-                    "activation_checkpointing",
-                    recompute,
-                    "otherwise they would not fit" if recompute == "full" else "activations fit too",
-                )
-                return Recommendation(method, (first, *changes, second), tuple(remarks))
-    most = max(0, usable - (needed - shape.quantised_parameters * NF4_BYTES)) / NF4_BYTES
-    remarks.append(
-        f"Neither LoRA nor QLoRA fits: {shape.parameters / 1e9:.1f}B weights on {device.name} with {device.memory_bytes / GIB:.1f} "
-        f"GiB. In 4 bits at most about {most / 1e9:.2g}B would fit; choose a smaller model, shorter rows, or a larger card."
+        tried = with_settings(chosen, method=method)
+        if (rank := rank_for_memory(tried).rank) is None:
+            continue
+        if rank < tried.config.rank:
+            why = f"the highest that fits the memory; the rows would bear {tried.config.rank}"
+            changes = [Change("rank", rank, why) if change.field == "rank" else change for change in changes]
+            tried = with_settings(tried, rank=rank)
+        first = Change("method", method, _why(tried, planned(tried)))
+        return Recommendation(method, (first, *changes), tuple(remarks))
+    return Recommendation(None, tuple(changes), (*remarks, _too_large(with_settings(chosen, method="qlora", rank=4))))
+
+
+def _why(facts: Facts, plan: Planned) -> str:
+    size = f"about {plan.estimate.needed_bytes / GIB:.1f} GiB of {usable_bytes(facts) / GIB:.1f} on {facts.device.name}"
+    fits = {
+        "lora": f"the 16-bit base fits ({size}): nothing is lost to 4 bits, and steps are faster",
+        "qlora": f"the base fits in 4 bits only ({size})",
+    }[facts.config.method]
+    return f"{fits}; {plan.reason}" if plan.plan.checkpointed_layers else fits
+
+
+def _too_large(facts: Facts) -> str:
+    shape, needed = facts.architecture, planned(facts).estimate.needed_bytes
+    a_weight = nf4_bytes(shape.quantised_parameters) / max(1, shape.quantised_parameters)
+    most = max(0, usable_bytes(facts) - (needed - nf4_bytes(shape.quantised_parameters))) / a_weight if a_weight else 0
+    return (
+        f"Neither LoRA nor QLoRA fits: {shape.parameters / 1e9:.1f}B weights on {facts.device.name} with "
+        f"{usable_bytes(facts) / GIB:.1f} GiB to use. In 4 bits at most about {most / 1e9:.2g}B would fit; choose a smaller "
+        "model, shorter rows, or a larger card."
     )
-    return Recommendation(None, tuple(changes), tuple(remarks))
