@@ -111,3 +111,57 @@ def test_a_random_model_is_written_and_a_row_of_words_has_a_token_each(tmp_path:
     assert (len(rendered.token_ids), rendered.supervised.sum()) == (104, 61)
     model = load_base(tmp_path, TrainConfig(method="lora"), device=torch.device("cpu"), dtype="bf16")
     assert model.num_parameters() == 1_443_072 and model.dtype == torch.bfloat16
+
+
+def run_benchmark(name: str, *options: str, folder: Path) -> str:
+    """What it printed on the CPU, with the tiny random model."""
+    finished = subprocess.run(
+        [sys.executable, str(EXAMPLES / "benchmarks" / name), *options],
+        cwd=ROOT, env=os.environ | {"QLORA_LAB_LOCKS": str(folder / "locks"), "TMPDIR": str(folder)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished.stdout
+
+
+def test_the_benchmark_of_training_measures_each_arm_on_the_same_rows_and_draws_the_ratio(tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    size = ["--shape", "tiny", "--device", "cpu", "--steps", "2", "--warmup", "1", "--out", str(out)]
+    for arm in ("ours", "trainer"):  # two commands, one file
+        printed = run_benchmark("training.py", *size, "--workloads", "W2", "--arms", arm, folder=tmp_path)
+    printed = run_benchmark("training.py", *size, "--workloads", "W2", "--arms", "unsloth", folder=tmp_path)
+    cases = json.loads(out.read_text())["cases"]
+    measured = {f"tiny/W2/{method}/{arm}" for method in ("lora", "qlora") for arm in ("ours", "trainer")}
+    assert measured == {key for key, case in cases.items() if not case["failed"]}
+    assert len({tuple(step["tokens"] for step in cases[key]["steps"]) for key in measured}) == 1
+    assert len({tuple(step["supervised_tokens"] for step in cases[key]["steps"]) for key in measured}) == 1
+    for key in measured:
+        case = cases[key]
+        assert case["tokens_per_second"] > 0 and case["first_step_seconds"] > 0 and case["peak_host_bytes"] > 0
+        assert case["device"].startswith("CPU") and case["packages"]["torch"] and case["path"]
+        assert f"| {case['step_seconds_median']:.3f} (" in printed
+    if importlib.util.find_spec("unsloth") is None:
+        assert "| tiny | W2 | unsloth | qlora | - | - | - | - | - | not installed here: unsloth" in printed
+
+    at_512 = {key.replace("W2", "T512"): cases[key] | {"workload": "T512"} for key in measured}
+    out.write_text(json.dumps({"cases": at_512}))
+    assert "Figure of the ratio" in run_benchmark("training.py", "--plot", str(out), folder=tmp_path)
+    page = out.with_suffix(".html").read_text()
+    assert "ours, tiny" in page and "trainer, tiny" in page
+
+
+def test_the_benchmark_of_memory_sets_the_estimate_beside_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    printed = run_benchmark("memory.py", "--shapes", "tiny", "--device", "cpu", "--out", str(out), folder=tmp_path)
+    entries = json.loads(out.read_text())["configurations"]
+    assert set(entries) == {"tiny/lora/r8/none/W2", "tiny/qlora/r8/none/W2"}
+    assert all(not e["failed"] and len(e["steps"]) == 3 and len(e["row_lengths"]) == 16 for e in entries.values())
+    assert printed.count("| smoke test | tiny |") == 2 and "Largest difference, smoke test: " in printed
+    # The file alone is enough, on a machine that has no model.
+    assert run_benchmark("memory.py", "--compare", str(out), folder=tmp_path) == printed
+
+
+def test_every_example_is_listed_in_their_readme() -> None:
+    told = (EXAMPLES / "README.md").read_text()
+    files = [path for kind in ("*.py", "*.yaml", "*.jsonl") for path in EXAMPLES.rglob(kind)]
+    assert not [name for path in files if f"`{(name := str(path.relative_to(EXAMPLES)))}`" not in told]
