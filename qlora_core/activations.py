@@ -130,11 +130,11 @@ def plain_pass(
 
 
 def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int, *, mask: int) -> int:
-    """Bytes a token that adapters keep of their inputs. In fp32 the layers of a block share one; in 16 bits PEFT's cast, and
-    dropout anyhow, makes each its own, with dropout a `mask` beside it."""
+    """Bytes a token that adapters keep of their inputs. The layers of a block share one; but beside 16-bit layers (not 4-bit
+    ones) PEFT casts, and dropout makes, each its own, with dropout a `mask` beside it."""
     if config.lora_dropout > 0:
         return sum(layer.in_features * (size + mask) for layer in targeted)
-    if size == 2:
+    if size == 2 and config.method == "lora":
         return sum(layer.in_features * size for layer in targeted)
     shared = {(layer.name.rpartition(".")[0], layer.in_features): layer.in_features for layer in targeted}
     return size * sum(shared.values())

@@ -12,10 +12,9 @@ from pathlib import Path
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import cli_data, combining, events, jobs, queue
-from qlora_core.cli_options import add_options, given_options, print_json
+from qlora_core import cli_data, cli_estimate, combining, events, jobs, queue
+from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
-from qlora_core.data.hub_source import PREFIX
 from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
 from qlora_core.merging import EXPORTS, merge
@@ -57,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--home", help="folder of runs and queue (QLORA_LAB_HOME)")
 
     cli_data.add_commands(commands, common)
+    cli_estimate.add_commands(commands, common)
 
     command = commands.add_parser("train", parents=[common], help="train a run and follow it; Ctrl-C stops and saves")
     command.add_argument("--config", type=Path, help="YAML of settings; options win over it")
@@ -126,17 +126,8 @@ def _add_runs_commands(parser: argparse.ArgumentParser, common: argparse.Argumen
 
 
 def _train(options: argparse.Namespace, settings: Settings) -> int:
-    values = given_options(options, TrainConfig)
-    for name in ("data", "eval_data"):
-        if name in values and not values[name].startswith(PREFIX):
-            values[name] = str(Path(os.path.expanduser(values[name])).resolve())
-    config = (
-        TrainConfig.from_yaml(options.config, **values)
-        if options.config
-        else TrainConfig.from_mapping(values, where="the options")
-    )
     # The token of `hf auth login` or HF_TOKEN fetches private and gated bases; the run itself never sees it.
-    return _queue_and_follow(RunStore(settings).create(config, token=get_token()), options, settings)
+    return _queue_and_follow(RunStore(settings).create(run_config(options), token=get_token()), options, settings)
 
 
 def _combine(options: argparse.Namespace, settings: Settings) -> int:

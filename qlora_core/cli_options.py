@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from qlora_core.config import TrainConfig
+from qlora_core.data.hub_source import PREFIX
 from qlora_core.options import Options
 
 
@@ -35,6 +39,17 @@ def given_options(options: argparse.Namespace, kind: type[Options]) -> dict[str,
         for name, value in given.items()
         if value is not None
     }
+
+
+def run_config(options: argparse.Namespace) -> TrainConfig:
+    """The settings of a run: `--config`, and the options, which win over it. Raises ConfigError."""
+    values = given_options(options, TrainConfig)
+    for name in ("data", "eval_data"):
+        if name in values and not values[name].startswith(PREFIX):
+            values[name] = str(Path(os.path.expanduser(values[name])).resolve())
+    if options.config:
+        return TrainConfig.from_yaml(options.config, **values)
+    return TrainConfig.from_mapping(values, where="the options")
 
 
 def print_json(value: Any) -> None:

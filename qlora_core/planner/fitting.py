@@ -33,14 +33,16 @@ def dtype_bytes(config: TrainConfig, device: Device) -> int:
 
 
 def row_lengths(facts: Facts) -> tuple[int, ...]:
-    """Tokens of the rows that are known, cut; one of the greatest length where none is."""
+    """Tokens of the rows that are known, cut; a step of the greatest length where none is."""
     most = facts.config.max_seq_length
-    return tuple(min(length, most) for length in facts.rows.tokens) if facts.rows and facts.rows.tokens else (most,)
+    if facts.rows and facts.rows.tokens:
+        return tuple(min(length, most) for length in facts.rows.tokens)
+    return (most,) * facts.config.rows_per_step
 
 
 def supervised_share(facts: Facts) -> float:
     """Of the tokens of the rows, those from the first that is learnt on."""
-    if not facts.rows or not facts.rows.tokens:
+    if not (facts.rows and facts.rows.tokens):
         return UNKNOWN_SHARE
     firsts = zip(row_lengths(facts), facts.rows.first_supervised, strict=True)
     learnt = sum(max(0, length - first) for length, first in firsts if first is not None)

@@ -9,7 +9,8 @@ from qlora_core import architecture, devices, models
 from qlora_core.config import TrainConfig
 from qlora_core.data.sample import RowFacts
 from qlora_core.errors import LabError
-from qlora_core.planner.facts import Device, Facts
+from qlora_core.planner.device import device_for
+from qlora_core.planner.facts import Facts
 from qlora_core.planner.findings import NOTE, STOP, WARN, Finding
 from qlora_core.planner.recommendation import Recommendation
 from qlora_core.settings import Settings
@@ -117,14 +118,6 @@ class Advice:
             architecture=looked.architecture,
             positions=looked.positions,
         )
-
-
-def device_for(config: TrainConfig) -> Device:
-    """The first GPU, or the CPU where there is none or it is asked for."""
-    found = () if config.device == "cpu" else devices.gpus()
-    if not found:
-        return Device("the CPU", devices.host_memory().available_bytes, False, devices.cpu_has_bf16())
-    return Device(found[0].name, found[0].total_bytes, True, found[0].capability >= (8, 0))
 
 
 def findings_html(found: list[Finding]) -> str:
