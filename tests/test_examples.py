@@ -165,3 +165,14 @@ def test_every_example_is_listed_in_their_readme() -> None:
     told = (EXAMPLES / "README.md").read_text()
     files = [path for kind in ("*.py", "*.yaml", "*.jsonl") for path in EXAMPLES.rglob(kind)]
     assert not [name for path in files if f"`{(name := str(path.relative_to(EXAMPLES)))}`" not in told]
+
+
+def test_the_benchmark_of_large_models_keeps_no_shard(tmp_path: Path) -> None:
+    (shards := tmp_path / "shards").mkdir()
+    out = tmp_path / "result.json"
+    options = ["--shape", "tiny", "--device", "cpu", "--tokens", "16", "40", "--set", "learning_rate=1e-3"]
+    printed = run_benchmark("large_models.py", *options, "--shards", str(shards), "--out", str(out), folder=tmp_path)
+    result = json.loads(printed)
+    assert result == json.loads(out.read_text()) and not list(shards.iterdir())
+    assert [run["tokens"] for run in result["runs"]] == [16, 40] and result["config"]["learning_rate"] == 1e-3
+    assert all(len(run["step_seconds"]) == 2 and run["steps"]["peak_host_gib"] > 0 for run in result["runs"])

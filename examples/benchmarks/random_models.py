@@ -78,11 +78,11 @@ def generated_shards(shape: str, folder: Path) -> Any:
 
     @contextmanager
     def at_hand(path: Path) -> Iterator[Path]:
-        write_shard(path, shards[path.name])
         try:
+            write_shard(path, shards[path.name])
             yield path
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     return at_hand
 

@@ -1,5 +1,6 @@
 """Base model folder -> model with an adapter, in 16 bits or NF4, ready to train."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core import targets
@@ -17,6 +25,7 @@ from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.worker.architecture import linear_layers
 from qlora_core.worker.hardware import DTYPES
+from qlora_core.worker.shards import ShardAtHand, Shards
 
 CPU = torch.device("cpu")
 SVD_ITERATIONS = 16
@@ -25,12 +34,19 @@ INIT: dict[str, bool | str] = {"default": True, "loftq": True, "pissa": f"pissa_
 
 
 def load_base(
-    folder: Path, config: TrainConfig, *, device: torch.device, dtype: str, four_bit: bool | None = None
+    folder: Path,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    dtype: str,
+    four_bit: bool | None = None,
+    shard_at_hand: ShardAtHand = nullcontext,
 ) -> PreTrainedModel:
     """The frozen base: 16 (or 32) bits for lora, 4 bits for qlora, unless `four_bit` says otherwise. Safetensors only,
     never code of the model's own.
 
-    Raises ModelError.
+    Tensor by tensor: each goes to the device and is quantised there before the next is read, so that beside the finished
+    model there is one tensor in 16 bits on the device, and one on the host. Raises ModelError.
     """
     quantization = None
     if config.method == "qlora" if four_bit is None else four_bit:
@@ -40,20 +56,34 @@ def load_base(
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
+    shortages = shortages_of_memory(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=DTYPES[dtype],
-            quantization_config=quantization,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        kind, architecture = causal_language_model(folder)
+        with Shards(folder, shard_at_hand) as shards:
+            model, found = kind.from_pretrained(
+                None,
+                config=architecture,
+                generation_config=generation_config(folder),
+                state_dict=shards,
+                dtype=DTYPES[dtype],
+                quantization_config=quantization,
+                device_map={"": device},
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # memory and shapes: RuntimeError
+        if shortages_of_memory(device) > shortages:  # while quantising: transformers makes a plain RuntimeError of it
+            raise torch.OutOfMemoryError(f"CUDA out of memory while {folder.name} was quantised") from error
         raise ModelError(f"base model {folder}: cannot be loaded: {' '.join(str(error).split())[:500]}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(
+            f"base model {folder}: cannot be loaded: its weights lack {len(missing)} tensors that {type(model).__name__} "
+            f"needs ({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}); fetch it again, whole"
+        )
+    model.name_or_path = model.config.name_or_path = str(folder)
     if quantization and not any(isinstance(module, Linear4bit) for module in model.modules()):
         raise ModelError(
             f"base model {folder}: bitsandbytes puts none of its layers ({type(model).__name__}) into 4 bits, so this would not "
@@ -67,6 +97,35 @@ def load_base(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def causal_language_model(folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and config that AutoModelForCausalLM chooses for the folder; it takes no state dict itself. Of a model of
+    texts and images that is the part for texts."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"{config.model_type!r} is no causal language model of transformers")
+    if kind.config_class is not type(config) and kind.config_class is config.sub_configs.get("text_config"):
+        whole, config = config, config.get_text_config()
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+    return kind, config
+
+
+def generation_config(folder: Path) -> GenerationConfig:
+    """How the model generates, as its folder says."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # an older model says it in its config.json
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
+        )
+
+
+def shortages_of_memory(device: torch.device) -> int:
+    """How often the GPU had too little memory for what this process asked of it."""
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
 def forbid_cpu_repacking(model: torch.nn.Module) -> None:
