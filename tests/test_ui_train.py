@@ -73,10 +73,10 @@ def as_config(values, chosen):
 
 def test_findings_stand_beside_start_once_rows_and_layers_are_looked_at(tab, base, chosen):
     values = values_of(tab, base, rank=64)
-    plan, _, problems, _, findings = tab.check(chosen, *values)
+    plan, _, problems, _, findings, _ = tab.check(chosen, *values)
     assert "Reading the model" in plan and "Looking at the rows" in findings and problems == ""
     tab.look(chosen, base)
-    plan, _, problems, _, findings = tab.check(chosen, *values)
+    plan, _, problems, _, findings, _ = tab.check(chosen, *values)
     assert "q_proj, k_proj, v_proj, o_proj, … in 2 layers: 10 modules, 81,920 trainable weights" in plan
     assert "Warning" in findings and "Rank 64 is high for 360 rows" in findings
     assert "Nothing to warn of" in tab.check(chosen, *values_of(tab, base))[4]

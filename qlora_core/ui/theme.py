@@ -74,9 +74,15 @@ def theme() -> gr.themes.Base:
 _COLOURS = """
 :root { --lora: LORA; --qlora: QLORA; --learn: #0b7a53; --learn-soft: #d5f2e4;
   --running: #1d4ed8; --finished: #0b7a53; --failed: #b42318; --stopped: #92600a; --queued: #556070;
-  --warn-soft: #fdecea; --muted: var(--neutral-500); }
+  --warn-soft: #fdecea; --muted: var(--neutral-500);
+  --part-libraries: #9aa6b6; --part-weights: #465468; --part-quantisation: #7f8da1; --part-adapters: #009e73;
+  --part-optimizer: #56b4e9; --part-gradients: #cc79a7; --part-activations: #e69f00; --part-working: #f3d27a;
+  --part-logits: #7b61b5; --part-context: #c3ccd8; }
 .dark { --learn: #7fe0b5; --learn-soft: #103b2b; --running: #8fb4ff; --finished: #6fdcae; --failed: #ff9d92;
-  --stopped: #f2c46d; --queued: #a9b4c4; --warn-soft: #3a1714; --muted: var(--neutral-400); }
+  --stopped: #f2c46d; --queued: #a9b4c4; --warn-soft: #3a1714; --muted: var(--neutral-400);
+  --part-libraries: #6b7a90; --part-weights: #b4c0d0; --part-quantisation: #8b99ad; --part-adapters: #22c795;
+  --part-optimizer: #6cc1f0; --part-gradients: #de93bd; --part-activations: #f2b233; --part-working: #94762c;
+  --part-logits: #a48be0; --part-context: #55647a; }
 """
 
 _PAGE = """

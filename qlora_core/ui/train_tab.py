@@ -14,13 +14,14 @@ from qlora_core.planner.findings import STOP, findings
 from qlora_core.planner.recommendation import recommend
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
-from qlora_core.ui import advice, form, saved_settings
+from qlora_core.ui import advice, form, memory_panel, saved_settings
 from qlora_core.ui.advice import Advice, Looked
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.preview import How
 from qlora_core.ui.words import METHOD_NAMES, esc, problems_panel
 
 LOOKING = "Looking at the rows and at the model’s layers …"
+UNKNOWN = "How much memory it needs stands here when nothing is missing."
 # As high as what the card ever holds, so that it does not grow.
 CARD = '<div class="lab-card" style="min-height:160px">'
 NO_PLAN = f'{CARD}<h3>Not ready to start</h3><p class="lab-hint">What is missing stands below Start.</p></div>'
@@ -51,6 +52,12 @@ class TrainTab:
         self.plan = gr.HTML(plan_html(config, 0, None), min_height=164, elem_id="plan")
         self.start = gr.Button("Start", variant="primary", elem_id="start")
         self.problems = gr.HTML("", css_template=PROBLEMS_CSS, elem_id="train-problems")
+        self.memory = gr.HTML(
+            memory_panel.waiting_html(LOOKING),
+            css_template=memory_panel.MEMORY_CSS,
+            js_on_load=advice.REMEDY,
+            elem_id="memory",
+        )
         self.findings = gr.HTML(
             advice.waiting_html(LOOKING), css_template=advice.FINDINGS_CSS, js_on_load=advice.REMEDY, elem_id="findings"
         )
@@ -106,7 +113,7 @@ class TrainTab:
     def connect(self, chosen: gr.State, picked: Any, hidden: dict[str, Any]) -> None:
         """Wire the form; `picked` is the trigger after which another dataset is chosen."""
         form_now = [chosen, *self.inputs]
-        watched = [self.plan, self.command, self.problems, self.dataset, self.findings]
+        watched = [self.plan, self.command, self.problems, self.dataset, self.findings, self.memory]
         gr.on(
             [component.change for component in self.inputs] + [chosen.change],
             self.check,
@@ -121,7 +128,8 @@ class TrainTab:
             [*changes, chosen.change], self.look, [chosen, *looked_at], None, trigger_mode="always_last", **hidden
         ).then(self.check, form_now, watched, **hidden)
         picked(self.settle, form_now, self.inputs, **hidden)
-        self.findings.select(self.apply, None, self.inputs, **hidden)
+        for told in (self.findings, self.memory):
+            told.select(self.apply, None, self.inputs, **hidden)
         self.recommend.click(self.recommended, form_now, [self.reasons, *self.inputs], **hidden)
         self.save.click(self.save_settings, form_now, [self.saved, self.loaded], **hidden).then(
             None, self.saved, None, js=saved_settings.DOWNLOAD, **hidden
@@ -136,18 +144,19 @@ class TrainTab:
         """Find out what the next check wants to know."""
         self.advice.look(chosen, How(*how))
 
-    def check(self, chosen: Chosen, *values: Any) -> tuple[str, Any, str, str, str]:
-        """(plan, command line, problems, dataset line, findings) for what the form says now."""
+    def check(self, chosen: Chosen, *values: Any) -> tuple[str, Any, str, str, str, str]:
+        """(plan, command line, problems, dataset line, findings, memory) for what the form says now."""
         dataset = dataset_html(chosen)
         try:
             config = self._config(chosen, values)
             looked = self.advice.known(chosen, how_of(config))
             layers = layers_text(config, looked)
         except ConfigError as error:
-            return NO_PLAN, "", marked_problems(error.problems), dataset, ""
-        told = advice.waiting_html(LOOKING)
+            return NO_PLAN, "", marked_problems(error.problems), dataset, "", memory_panel.waiting_html(UNKNOWN)
+        told, memory = advice.waiting_html(LOOKING), memory_panel.waiting_html(LOOKING)
         if looked:
-            told = advice.findings_html(findings(self.advice.facts(config, chosen, looked)))
+            facts = self.advice.facts(config, chosen, looked)
+            told, memory = advice.findings_html(findings(facts)), memory_panel.memory_html(facts)
         apart = chosen.eval_file is not None
         return (
             plan_html(config, chosen.rows, layers, evaluated_apart=apart),
@@ -155,6 +164,7 @@ class TrainTab:
             "",
             dataset,
             told,
+            memory,
         )
 
     def apply(self, event: gr.EventData) -> list[Any]:
