@@ -197,7 +197,7 @@ def _watch(run: Run, settings: Settings) -> None:
         for event in found:
             if isinstance(event, events.Started):
                 bar = bar or tqdm(total=event.total_steps, unit="step", dynamic_ncols=True, file=sys.stderr)
-                for line in (f"{event.device}, {event.compute_dtype}", event.packed_reason, event.compiled_reason):
+                for line in (f"{event.device}, {event.compute_dtype}", *event.path):
                     tqdm.write(line, file=sys.stderr)
             elif isinstance(event, events.Step) and bar is not None:
                 bar.update(event.step - bar.n)

@@ -57,6 +57,19 @@ class Started(Event):
     compiled_reason: str
     token_budget: int
     trainable_parameters: int
+    fused: bool
+    fused_reason: str
+    checkpointed_layers: int
+    offloaded: bool
+    memory_reason: str
+    # What the plan expects: peak allocated on a GPU, peak host memory on a CPU.
+    estimated_peak_bytes: int
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Which way through the code was taken, and why."""
+        return self.fused_reason, self.packed_reason, self.compiled_reason, self.memory_reason
+
     load_peak_host_bytes: int | None
     load_peak_allocated_bytes: int | None
     # Lines of the evaluation rows that were left out: of the file named in eval_data, else of the same file.

@@ -18,7 +18,7 @@ from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, DatasetError, DeviceError, ModelError, TrainingError
 from qlora_core.run_status import FAILED, FINISHED
 from qlora_core.runs import Run
-from qlora_core.worker import checkpoints, evaluation, loading, steps
+from qlora_core.worker import checkpoints, loading, passes, steps
 from qlora_core.worker.batches import Pass, loss_sum
 
 GPU = devices.Gpu("GPU-1", "H100", 80 * devices.GIB, 0, (9, 0))
@@ -65,7 +65,7 @@ def test_out_of_memory_halves_the_passes_and_changes_no_result(
 ) -> None:
     calls: list[int] = []
     run = make_run(tmp_path, **VALUES, lora_dropout=dropout)
-    monkeypatch.setattr(steps, "loss_sum", memory_for(180, checkpointed=180, calls=calls))
+    monkeypatch.setattr(passes, "loss_sum", memory_for(180, checkpointed=180, calls=calls))
     train_here(run)
     assert notes(run) and all(
         re.fullmatch(r"out of memory: passes of at most \d+ tokens from here on", n) for n in notes(run)
@@ -79,7 +79,7 @@ def test_then_activation_checkpointing_is_switched_on(
     undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, **VALUES)
-    monkeypatch.setattr(steps, "loss_sum", memory_for(20, checkpointed=10_000, calls=[]))
+    monkeypatch.setattr(passes, "loss_sum", memory_for(20, checkpointed=10_000, calls=[]))
     train_here(run)
     assert notes(run)[-1] == "out of memory with one row a pass: activation checkpointing is on from here on"
     assert_same_within_float_error(run, undisturbed)
@@ -89,7 +89,7 @@ def test_at_last_it_fails_and_names_the_longest_row(tmp_path: Path, monkeypatch:
     rows = dataset(12)
     rows[6]["completion"] = "long " * 60
     run = make_run(tmp_path, **VALUES, train_rows=rows)
-    monkeypatch.setattr(steps, "loss_sum", memory_for(200, checkpointed=200, calls=[]))
+    monkeypatch.setattr(passes, "loss_sum", memory_for(200, checkpointed=200, calls=[]))
     with pytest.raises(
         TrainingError, match=r"the longest row, line 7, has 3\d\d tokens; lower max_seq_length, choose qlora"
     ):
@@ -103,9 +103,14 @@ def test_an_evaluation_out_of_memory_takes_smaller_passes_too(
 ) -> None:
     for name in ("enough", "too little"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(evaluation, "loss_sum", memory_for(180, checkpointed=180, calls=[]))
+
+    def limit_evaluation(tokens: int) -> None:
+        limited = memory_for(tokens, checkpointed=tokens, calls=[])
+        monkeypatch.setattr(passes.Passes, "loss_of", lambda self, batch: limited(self.model, batch))
+
+    limit_evaluation(180)
     assert_same_within_float_error(train_here(make_run(tmp_path / "enough", **VALUES)), undisturbed)
-    monkeypatch.setattr(evaluation, "loss_sum", memory_for(30, checkpointed=30, calls=[]))
+    limit_evaluation(30)
     with pytest.raises(
         TrainingError, match=r"out of memory in the evaluation .* the longest row, line \d, has 1\d\d tokens"
     ):
@@ -114,7 +119,7 @@ def test_an_evaluation_out_of_memory_takes_smaller_passes_too(
 
 def test_the_warm_up_reads_the_longest_pass_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(steps, "loss_sum", memory_for(10**6, checkpointed=10**6, calls=calls))
+    monkeypatch.setattr(passes, "loss_sum", memory_for(10**6, checkpointed=10**6, calls=calls))
     for number, values in enumerate(({}, {"token_budget": 150}, {"packing": "off"})):
         calls.clear()
         (tmp_path / str(number)).mkdir()
@@ -139,6 +144,8 @@ def at_call(number: int, spoil: Callable[[Any, torch.Tensor], torch.Tensor]) -> 
 
     def spoilt(model: Any, batch: Pass) -> torch.Tensor:
         loss = loss_sum(model, batch)
+        if not torch.is_grad_enabled():  # an evaluation
+            return loss
         return spoil(model, loss) if next(calls) == number else loss
 
     return spoilt
@@ -160,7 +167,7 @@ def test_a_number_that_is_not_finite_fails_with_step_and_lines(
 ) -> None:
     run = make_run(tmp_path, **VALUES)
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "loss_sum", at_call(6, spoil))
+        patch.setattr(passes, "loss_sum", at_call(6, spoil))
         with pytest.raises(TrainingError) as failure:
             train_here(run)
     lines = [run_line + 1 for run_line in steps.step_rows(12, 4, 5, run.config().seed)]
@@ -177,7 +184,7 @@ def test_a_gradient_that_overflows_in_the_warm_up_spoils_nothing(
 ) -> None:
     """As fp16 does while its loss scale settles."""
     run = make_run(tmp_path, **VALUES)
-    monkeypatch.setattr(steps, "loss_sum", at_call(0, nan_gradient))
+    monkeypatch.setattr(passes, "loss_sum", at_call(0, nan_gradient))
     train_here(run)
     assert losses(run) == losses(undisturbed)
 
@@ -388,8 +395,8 @@ def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
 
 
 def test_the_result_names_the_path_that_ran_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "loss_sum", memory_for(180, checkpointed=180, calls=[]))
+    monkeypatch.setattr(passes, "loss_sum", memory_for(180, checkpointed=180, calls=[]))
     run = train_here(make_run(tmp_path, **VALUES))
     path = run.result()["run_info"]["path"]
     assert path["token_budget"] < said(run, events.Started)[0].token_budget
-    assert path["activation_checkpointing"] is False
+    assert path["checkpointed_layers"] == 0

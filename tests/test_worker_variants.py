@@ -30,7 +30,7 @@ from qlora_core.runs import Run
 from qlora_core.token_cache import make_table
 from qlora_core.tokens import load_tokenizer
 from qlora_core.worker import loading
-from qlora_core.worker.batches import Row, make_pass
+from qlora_core.worker.batches import Row
 from qlora_core.worker.evaluation import evaluation_loss
 from qlora_core.worker.steps import Stepper
 
@@ -173,12 +173,11 @@ def test_neftune_noise_is_bounded_by_each_rows_own_length(packing: str, tmp_path
     embedding = steps.model.get_input_embeddings()
     embedding.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     rows = [steps.rows[0], steps.rows[3]]
-    steps.passes = lambda chosen: [make_pass(rows, packed=steps.packed, device=CPU)]
-    steps.backward(rows, seed=1)
+    steps.passes.backward(rows, seed=1)
     ids, output = seen[0]
     noise = (output - embedding.weight[ids]).abs()
-    parts = noise[0].split([10, 31]) if steps.packed else (noise[0, :10], noise[1, :31])
-    assert steps.packed == (packing == "auto")
+    parts = noise[0].split([31, 10])[::-1] if steps.passes.packed else (noise[1, :10], noise[0, :31])
+    assert steps.passes.packed == (packing == "auto")
     for part, length in zip(parts, (10, 31), strict=True):
         most = 5 / (length * 64) ** 0.5
         assert 0.9 * most < part.max() <= most * 1.0001

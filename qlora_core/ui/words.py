@@ -167,8 +167,7 @@ def _started(event: events.Started) -> list[str]:
         f"{counted(event.total_steps, 'step')} on {counted(event.train_rows, 'row')}, "
         f"evaluation on {counted(event.eval_rows, 'row')}; {event.device}, {event.compute_dtype}, {event.template}",
         f"{event.trainable_parameters:,} weights of the adapter learn",
-        event.packed_reason,
-        event.compiled_reason,
+        *event.path,
     ]
     if event.rows_cut:
         lines.append(f"{counted(event.rows_cut, 'row')} cut at max_seq_length")

@@ -1,5 +1,6 @@
 """A base model's config.json -> its layers and sizes as JSON, with no weight loaded. Run as a process: -m … FOLDER."""
 
+import copy
 import json
 import sys
 from dataclasses import asdict
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_core.targets import Layer
+from qlora_core.targets import Architecture, Layer
+from qlora_core.worker.fused import problem_with
 
 # PEFT refuses these: Mamba's kernel takes their weights past the layer (peft/tuners/tuners_utils.py).
 MAMBA_TYPES, PAST_THE_LAYER = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), {"out_proj"}
@@ -21,7 +23,17 @@ MAMBA_TYPES, PAST_THE_LAYER = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "
 
 def described(folder: Path) -> dict[str, Any]:
     """What `targets.Architecture` is made of, for the causal language model that the folder's config.json describes."""
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    return _described(AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True))
+
+
+def shape_of(config: PreTrainedConfig) -> Architecture:
+    """The same of a model that is loaded, from its configuration."""
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    return Architecture.from_json(_described(config))
+
+
+def _described(config: PreTrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
@@ -54,10 +66,6 @@ def _sizes(config: Any, hidden: int) -> dict[str, int]:
 
 
 def _can_be_fused(model: PreTrainedModel) -> bool:
-    try:
-        from qlora_core.worker.fused import problem_with
-    except ImportError:
-        return False
     return problem_with(model) is None
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -92,21 +93,24 @@ def plan_passes(lengths: Sequence[int], token_budget: int, *, packed: bool) -> l
 
 
 def make_pass(rows: Sequence[Row], *, packed: bool, device: torch.device) -> Pass:
+    lengths = [len(row.token_ids) for row in rows]
     if packed:
-        ids = [token for row in rows for token in row.token_ids]
-        positions = [position for row in rows for position in range(len(row.token_ids))]
+        ids = np.concatenate([row.token_ids for row in rows]).astype(np.int64)
+        begins = np.cumsum([0, *lengths[:-1]])
+        positions = np.arange(len(ids)) - np.repeat(begins, lengths)
         # The logit at position p predicts the token at p + 1; the first token of a row is predicted by nothing.
-        learnt = [flag and i > 0 for row in rows for i, flag in enumerate(row.supervised)]
-        keep = [p - 1 for p, flag in enumerate(learnt) if flag]
+        learnt = np.concatenate([_flags(row) for row in rows])
+        learnt[begins] = False
+        aimed = np.flatnonzero(learnt)
         return Pass(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=_on(device, ids[None]),
+            position_ids=_on(device, positions[None]),
             attention_mask=None,
-            keep=torch.tensor(keep, device=device, dtype=torch.long),
-            targets=torch.tensor([[ids[p + 1] for p in keep]], device=device, dtype=torch.long),
-            lengths=tuple(len(row.token_ids) for row in rows),
+            keep=_on(device, aimed - 1),
+            targets=_on(device, ids[aimed][None]),
+            lengths=tuple(lengths),
         )
-    width = max(len(row.token_ids) for row in rows)
+    width = max(lengths)
     ids = [[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in rows]
     mask = [[1] * len(row.token_ids) + [0] * (width - len(row.token_ids)) for row in rows]
     keep = sorted({i - 1 for row in rows for i, flag in enumerate(row.supervised) if flag and i > 0})
@@ -120,8 +124,19 @@ def make_pass(rows: Sequence[Row], *, packed: bool, device: torch.device) -> Pas
         attention_mask=torch.tensor(mask, device=device),
         keep=torch.tensor(keep, device=device, dtype=torch.long),
         targets=torch.tensor(targets, device=device, dtype=torch.long),
-        lengths=tuple(len(row.token_ids) for row in rows),
+        lengths=tuple(lengths),
     )
+
+
+def _flags(row: Row) -> np.ndarray:
+    flags = row.supervised
+    return np.frombuffer(flags, np.uint8).astype(bool) if isinstance(flags, bytes) else np.array(flags, bool)
+
+
+def _on(device: torch.device, values: np.ndarray) -> torch.Tensor:
+    """The values on the device; from pinned memory, so that the copy does not wait for what the GPU is doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values, np.int64))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def forward_logits(model: Any, batch: Pass) -> torch.Tensor:
@@ -149,6 +164,15 @@ def loss_sum(model: Any, batch: Pass) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
+def quartile_pair(rows: Sequence[Row], *, most: int | None = None) -> tuple[Row, Row]:
+    """Two rows of usual length for a proof, every token supervised, of at most `most` tokens each."""
+    ordered = sorted(rows, key=lambda row: len(row.token_ids))
+    pair = [ordered[len(ordered) // 4], ordered[len(ordered) // 4 - 1]]
+    cut = [(row.line, row.token_ids[:most]) for row in pair]
+    first, second = (Row(line, ids, (True,) * len(ids)) for line, ids in cut)
+    return first, second
+
+
 @torch.no_grad()
 def packing_proof(model: Any, rows: Sequence[Row], *, device: torch.device) -> tuple[bool, str]:
     """Whether rows packed into one pass get the logits that they get alone, and a sentence that says what was seen.
@@ -160,9 +184,7 @@ def packing_proof(model: Any, rows: Sequence[Row], *, device: torch.device) -> t
     accepted = set(inspect.signature(model.get_base_model().forward).parameters)
     if "position_ids" not in accepted:
         return False, "padded: the architecture takes no position ids"
-    ordered = sorted(rows, key=lambda row: len(row.token_ids))
-    pair = [ordered[len(ordered) // 4], ordered[len(ordered) // 4 - 1]]
-    first, second = (Row(row.line, row.token_ids, (True,) * len(row.token_ids)) for row in pair)
+    first, second = quartile_pair(rows)
     known = sorted({*first.token_ids, *second.token_ids})
     following = dict(zip(known, [*known[1:], known[0]], strict=True))
     other = replace(first, token_ids=tuple(following[token] for token in first.token_ids))

@@ -11,12 +11,12 @@ from torch.nn.functional import pad
 from qlora_core import events
 from qlora_core.combining import METHODS, adapter_weights, file_sha256
 from qlora_core.errors import RunError, TrainingError
+from qlora_core.memory import PASS_TOKENS
 from qlora_core.runs import Run, RunStore
 from qlora_core.tokens import load_tokenizer, template_name
 from qlora_core.worker import hardware, loading, results
 from qlora_core.worker.evaluation import evaluation_loss
 from qlora_core.worker.reading import read_rows
-from qlora_core.worker.steps import TOKEN_BUDGET
 from qlora_core.worker.training import StopAsked, Training, run_guarded
 
 COMBINED = "default"  # the name under which PEFT saves at the folder's top, where every loader looks
@@ -122,7 +122,7 @@ class Combination(Training):
             loss, tokens = evaluation_loss(
                 self.model,
                 self.rows.evaluation,
-                token_budget=self.config.token_budget or TOKEN_BUDGET[self.device.type],
+                token_budget=self.config.token_budget or PASS_TOKENS[self.device.type == "cuda"][0],
                 packed=False,
                 device=self.device,
                 between_passes=self.check_stop,

@@ -10,7 +10,7 @@ from qlora_core.data.rows import Example
 from qlora_core.errors import TrainingError
 from qlora_core.scores import Scorer
 from qlora_core.tokens import end_token, prompt_ids
-from qlora_core.worker.batches import Row, loss_sum, make_pass, plan_passes
+from qlora_core.worker.batches import Pass, Row, loss_sum, make_pass, plan_passes
 
 # Answers generated at once; a decoding step costs about the same for one as for many.
 GENERATION_BATCH = 48
@@ -26,20 +26,22 @@ def evaluation_loss(
     packed: bool,
     device: torch.device,
     between_passes: Callable[[], None] = lambda: None,
+    loss_of: Callable[[Pass], torch.Tensor] | None = None,
 ) -> tuple[float, int]:
     """(mean cross-entropy per supervised token over all rows, number of those tokens): the same for every budget.
 
     Trainer's own eval_loss averages the means of batches, which depends on how rows fall into batches. Out of memory, it
     starts again with smaller passes; raises TrainingError when the longest row alone does not fit. `between_passes` may
-    raise to end it early.
+    raise to end it early. `loss_of`: the summed loss of a pass, where another path than the model's own gives it.
     """
+    loss_of = loss_of or (lambda batch: loss_sum(model, batch))
     longest = max(rows, key=lambda row: len(row.token_ids))
     was_training = model.training
     model.eval()
     try:
         while (
             total := _loss_of_all(
-                model, rows, token_budget, packed=packed, device=device, between_passes=between_passes
+                loss_of, rows, token_budget, packed=packed, device=device, between_passes=between_passes
             )
         ) is None:
             if token_budget <= len(longest.token_ids):
@@ -57,7 +59,7 @@ def evaluation_loss(
 
 
 def _loss_of_all(
-    model: Any,
+    loss_of: Callable[[Pass], torch.Tensor],
     rows: Sequence[Row],
     token_budget: int,
     *,
@@ -70,7 +72,7 @@ def _loss_of_all(
     try:
         for members in plan_passes([len(row.token_ids) for row in rows], token_budget, packed=packed):
             between_passes()
-            total += loss_sum(model, make_pass([rows[i] for i in members], packed=packed, device=device)).item()
+            total += loss_of(make_pass([rows[i] for i in members], packed=packed, device=device)).item()
     except torch.OutOfMemoryError:
         return None
     return total

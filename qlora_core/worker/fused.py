@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qlora_core.worker import kernels
-from qlora_core.worker.batches import Pass
+from qlora_core.worker.batches import Pass, forward_logits
 from qlora_core.worker.projections import Adapters, Projection
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -300,6 +300,7 @@ class FusedModel:
     @torch.no_grad()
     def hidden(self, batch: Pass) -> torch.Tensor:
         """What the head reads, at the columns that predict a supervised token: [len(keep), hidden]."""
+        self.refresh()
         x, position = self.begin(batch, None)
         for layer in self.layers:
             x = layer.forward(x, position)[0]
@@ -421,12 +422,17 @@ class HostMemory:
         self.coming[number] = x, self.copying.record_event()
 
 
-def proof(
-    fused: FusedModel, plain: Callable[[Pass], torch.Tensor], pair: Sequence[Pass], together: Pass
-) -> tuple[bool, str]:
-    """Whether rows that share a fused pass get the logits that transformers gives each alone, and a sentence that says so."""
-    alone = torch.cat([plain(batch) for batch in pair], dim=1)
-    apart = (fused.logits(together).float() - alone.float()).abs().mean() / alone.float().std()
-    if not apart < (1e-4 if alone.dtype == torch.float32 else 0.1):
-        return False, f"logits differ from transformers' by {apart:.1e} of their spread"
-    return True, f"logits differ from transformers' by {apart:.1e} of their spread"
+@torch.no_grad()
+def proof(fused: FusedModel, model: Any, pair: Sequence[Pass], together: Pass) -> tuple[bool, str]:
+    """Whether two rows that share a fused pass get the logits that transformers gives each alone, and a sentence that says
+    what was seen. Rounding in bf16: up to 0.04 of the logits' spread in a random model of 32 layers."""
+    was_training = model.training
+    model.eval()
+    try:
+        alone = torch.cat([forward_logits(model, batch) for batch in pair], dim=1)
+        found = fused.logits(together)
+    finally:
+        model.train(was_training)
+    apart = ((found.float() - alone.float()).abs().mean() / alone.float().std()).item()
+    holds = apart < (1e-4 if alone.dtype == torch.float32 else 0.1)
+    return holds, f"logits differ from transformers' by {apart:.1e} of their spread"

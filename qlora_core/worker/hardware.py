@@ -10,6 +10,7 @@ import torch
 from qlora_core import devices
 from qlora_core.config import TrainConfig
 from qlora_core.errors import DeviceError
+from qlora_core.memory import CONTEXT_BYTES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -73,6 +74,24 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return f"CPU ({names[0].strip() if names else 'unknown'}, {torch.get_num_threads()} threads)"
+
+
+def limit_memory(config: TrainConfig, device: torch.device) -> None:
+    """Hold torch to the memory budget that is set, so that a pass that would exceed it is met like any shortage."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    budget = total if config.memory_budget_gib is None else config.memory_budget_gib * devices.GIB - CONTEXT_BYTES
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(budget, 0) / total), device)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Memory that this process may fill, with what it has filled already and its context: free and its own."""
+    if device.type != "cuda":
+        return devices.host_memory().available_bytes
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return round(min(free + torch.cuda.memory_reserved(device), allowed)) + CONTEXT_BYTES
 
 
 class MemoryMeter:

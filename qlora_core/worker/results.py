@@ -82,10 +82,13 @@ def write_result(
         "template": started.template,
         "compute_dtype": steps.dtype,
         "path": {
-            "packed": steps.packed_reason,
-            "compiled": steps.compiled_reason,
-            "token_budget": steps.token_budget,
-            "activation_checkpointing": steps.checkpointing,
+            "layers": steps.passes.fused_reason,
+            "packed": steps.passes.packed_reason,
+            "compiled": steps.passes.compiled_reason,
+            "memory": steps.passes.memory_reason,
+            "token_budget": steps.passes.token_budget,
+            "checkpointed_layers": steps.passes.checkpointed_layers,
+            "offloaded": steps.passes.offloaded,
         },
     }
     found = {

@@ -73,6 +73,7 @@ class Training:
         self.run, self.stop, self.config = run, stop, run.config()
         self.device = hardware.choose_device(self.config)
         self.dtype = hardware.choose_dtype(self.config, self.device)
+        hardware.limit_memory(self.config, self.device)
         self.meter = hardware.MemoryMeter(self.device)
         self.base = run.base_model()
         if not self.base.folder.is_dir():
@@ -153,8 +154,9 @@ class Training:
 
     def prepare_steps(self) -> None:
         """Decide how the steps run, and say so."""
-        self.phase("proving that rows can share a pass")
+        self.phase("choosing how the steps run")
         steps = Stepper(self.model, self.config, self.rows.train, device=self.device, dtype=self.dtype, say=self.say)
+        passes = steps.passes
         self.steps, self.total_steps = steps, steps.total_steps
         self.eval_steps = self.config.eval_steps or max(1, math.ceil(steps.total_steps / EVALUATIONS))
         self.save_steps = self.config.save_steps or self.eval_steps
@@ -169,12 +171,18 @@ class Training:
                 device=hardware.describe(self.device),
                 compute_dtype=self.dtype,
                 template=template_name(self.tokenizer, self.config.template),
-                packed=steps.packed,
-                packed_reason=steps.packed_reason,
-                compiled=steps.compiled,
-                compiled_reason=steps.compiled_reason,
-                token_budget=steps.token_budget,
-                trainable_parameters=sum(parameter.numel() for parameter in steps.parameters),
+                packed=passes.packed,
+                packed_reason=passes.packed_reason,
+                compiled=passes.compiled,
+                compiled_reason=passes.compiled_reason,
+                fused=passes.fused is not None,
+                fused_reason=passes.fused_reason,
+                token_budget=passes.token_budget,
+                checkpointed_layers=passes.checkpointed_layers,
+                offloaded=passes.offloaded,
+                memory_reason=passes.memory_reason,
+                estimated_peak_bytes=passes.estimated_peak_bytes,
+                trainable_parameters=sum(parameter.numel() for parameter in passes.parameters),
                 load_peak_host_bytes=self.load_peaks[0],
                 load_peak_allocated_bytes=self.load_peaks[1],
             )
@@ -193,10 +201,11 @@ class Training:
             loss, tokens = evaluation_loss(
                 self.model,
                 self.rows.evaluation,
-                token_budget=self.steps.token_budget,
-                packed=self.steps.packed,
+                token_budget=self.steps.passes.token_budget,
+                packed=self.steps.passes.packed,
                 device=self.device,
                 between_passes=self.check_stop,
+                loss_of=self.steps.passes.loss_of,
             )
         seconds = hardware.clock(self.device) - begin
         if not math.isfinite(loss) and step == 0:
