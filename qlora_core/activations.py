@@ -8,6 +8,8 @@ from qlora_core.targets import Architecture, Layer
 
 # Of the fused layers: bytes of logits that are made at a time, and what the columns for adapters are a multiple of.
 LOGITS_BYTES, ALIGNED = 2**28, 8
+# Their query and key have norms of their own, which keep what they read.
+HEAD_NORMED = ("qwen3",)
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
@@ -31,22 +33,19 @@ def fused_pass(
     qkv, o, gate_up, down = (
         columns(targeted, config, shape, names) for names in (QKV, ["o_proj"], GATE_UP, ["down_proj"])
     )
+    turned = query + 2 * key_value + qkv if shape.model_type in HEAD_NORMED else 0
     layer = (
         hidden * size  # its input
-        + (query + 2 * key_value + qkv) * size  # query and key, rotated, and value
-        + query * size  # what attention returns
-        + heads * 4  # and the logarithms of its sums
-        + o * size
+        + (query + 2 * key_value + qkv + turned) * size  # query and key, normed and rotated, and value
+        + query * size + heads * 4  # what attention returns, and the logarithms of its sums
         + hidden * size  # the residual stream between attention and MLP
         + (2 * inner + gate_up) * size
-        + down * size
-        + 2 * 4  # the scale of each norm
-    )
+        + (qkv + o + gate_up + down) * size  # x·A^T
+    )  # fmt: skip
     gradient = (hidden + max(o, down)) * size  # that of the residual stream
     in_mlp = (inner + down) * size  # the MLP's activation, made again
     in_attention = (
-        hidden * size + gate_up * size  # gradients of what the MLP read
-        + (query + o) * size  # of what attention returned
+        (hidden + query + o) * size  # gradients of what the MLP read, and of what attention returned
         + (query + 2 * key_value) * size  # of query, key and value
         + query * 4 + heads * 4  # FlashAttention adds up query's in fp32,
         + (2 * query * size if key_value < query else 0)  # and key's and value's for each head of query
@@ -75,12 +74,12 @@ def columns(targeted: Sequence[Layer], config: TrainConfig, shape: Architecture,
 def _scratch(
     shape: Architecture, config: TrainConfig, query: int, key_value: int, qkv: int, gate_up: int, down: int, size: int
 ) -> int:
-    """Room for the largest group of matrices that share an input, dequantised, with A below them."""
+    """Room for the largest group of matrices that share an input, dequantised, with A below them and B beside."""
     if config.method != "qlora":
         return 0
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    groups = (hidden * (2 * inner + gate_up), hidden * (query + 2 * key_value + qkv), inner * (hidden + down))
-    return size * max(groups)
+    groups = ((hidden, 2 * inner, gate_up), (hidden, query + 2 * key_value, qkv), (inner, hidden, down))
+    return size * max((inputs + ranks) * (outputs + ranks) for inputs, outputs, ranks in groups)
 
 
 def plain_pass(

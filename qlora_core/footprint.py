@@ -28,33 +28,41 @@ def weight_bytes(shape: Architecture, config: TrainConfig, dtype_bytes: int) -> 
     if config.method != "qlora":
         return shape.parameters * dtype_bytes, 0
     quantised = shape.quantised_parameters
-    # Each matrix has a table of 16 values and, where its constants are quantised too, their mean.
-    tables = sum(not layer.is_head for layer in shape.layers) * ALLOCATION * (2 if config.double_quant else 1)
-    constants = nf4_bytes(quantised, double_quant=config.double_quant) - quantised // 2
-    return (shape.parameters - quantised) * dtype_bytes + quantised // 2, constants + tables
+    matrices = [layer.in_features * layer.out_features for layer in shape.layers if not layer.is_head]
+    if sum(matrices) != quantised:  # bitsandbytes leaves some out
+        matrices = [quantised]
+    constants = sum(constants_bytes(elements, double_quant=config.double_quant) for elements in matrices)
+    return (shape.parameters - quantised) * dtype_bytes + quantised // 2, constants
 
 
-def nf4_bytes(quantised: int, *, double_quant: bool = True) -> int:
-    """4 bits a weight and an fp32 constant for each block; double-quantised, 8 bits and an fp32 constant for each block of
-    those: 4.127 bits a weight (https://arxiv.org/abs/2305.14314)."""
-    blocks = quantised // NF4_BLOCK
-    return quantised // 2 + (blocks + 4 * (blocks // CONSTANTS_BLOCK) if double_quant else 4 * blocks)
+def constants_bytes(elements: int, *, double_quant: bool) -> int:
+    """Of a matrix in 4 bits, as the allocator gives it: an fp32 constant for each block, or 8 bits with an fp32 constant for each
+    block of those and their mean; and the table of the 16 values."""
+    blocks = -(-elements // NF4_BLOCK)
+    tensors = (blocks, 4 * -(-blocks // CONSTANTS_BLOCK), 4) if double_quant else (4 * blocks,)
+    return sum(allocated(size) for size in (*tensors, 4 * 16))
 
 
-def adapter_bytes(
-    shape: Architecture, config: TrainConfig, targeted: Sequence[Layer], dtype_bytes: int, *, fused: bool
-) -> int:
-    """The adapter in fp32, the copy in 16 bits that products are made with, and, fused with 16-bit weights, A below them."""
-    trainable = targets.trainable_parameters(targeted, config)
-    below = fused and config.method == "lora"
-    a = sum(config.rank * layer.in_features for layer in targeted) if below else 0
-    return 4 * trainable + (trainable if fused or dtype_bytes == 2 else 0) * dtype_bytes + a * dtype_bytes
+def allocated(size: int) -> int:
+    return -(-size // ALLOCATION) * ALLOCATION
 
 
-def optimizer_bytes(targeted: Sequence[Layer], config: TrainConfig, *, is_gpu: bool) -> tuple[int, int]:
-    """(on the device, paged to the host) for the two moments of AdamW, tensor by tensor."""
-    device, paged = 0, 0
-    for elements in adapter_tensors(targeted, config):
+def nf4_bytes(quantised: int) -> float:
+    """4 bits a weight and its share of double-quantised constants: 4.127 bits (https://arxiv.org/abs/2305.14314)."""
+    return quantised * (0.5 + (1 + 4 / CONSTANTS_BLOCK) / NF4_BLOCK)
+
+
+def adapter_bytes(targeted: Sequence[Layer], config: TrainConfig, dtype_bytes: int, *, fused: bool) -> int:
+    """The adapter in fp32, the copy in 16 bits that products are made with, and, fused, another beside 16-bit weights."""
+    copies = 0 if dtype_bytes == 4 and not fused else 2 if fused and config.method == "lora" else 1
+    return targets.trainable_parameters(targeted, config) * (4 + copies * dtype_bytes)
+
+
+def optimizer_bytes(targeted: Sequence[Layer], config: TrainConfig, *, is_gpu: bool, fused: bool) -> tuple[int, int]:
+    """(on the device, paged to the host) for the two moments of AdamW, tensor by tensor; fused layers have all A in one tensor
+    and all B in another."""
+    device, paged, tensors = 0, 0, adapter_tensors(targeted, config)
+    for elements in (sum(tensors[::2]), sum(tensors[1::2])) if fused else tensors:
         if "8bit" in config.optimizer and elements >= OPTIMIZER_32_BIT_BELOW:
             states, constants = 2 * elements, 2 * 4 * -(-elements // OPTIMIZER_BLOCK)
         else:

@@ -100,13 +100,14 @@ def estimate(
         masked = 0 if tokens == longest else tokens if config.packing == "auto" else longest
         a_pass = plain_pass(*sizes, masked=masked, is_gpu=is_gpu)
     weights, constants = weight_bytes(shape, config, dtype_bytes)
-    optimizer, paged = optimizer_bytes(targeted, config, is_gpu=is_gpu)
+    optimizer, paged = optimizer_bytes(targeted, config, is_gpu=is_gpu, fused=plan.fused)
     trainable = targets.trainable_parameters(targeted, config)
 
     layers, offloaded = shape.layer_count, plan.offloaded and is_gpu
     recomputed = min(plan.checkpointed_layers, layers)
-    inputs_kept = (2 if offloaded else recomputed) * a_pass.layer_input
-    kept = a_pass.around + (layers - recomputed) * a_pass.layer + (inputs_kept if recomputed else 0)
+    # On the way to the host and back, three inputs are here at a time.
+    inputs_kept = (min(3, recomputed) if offloaded else recomputed) * a_pass.layer_input
+    kept = a_pass.around + (layers - recomputed) * a_pass.layer + inputs_kept
     # The last layers go back first: where they are recomputed too, all that one keeps comes on top of the inputs.
     in_layer = a_pass.working + (a_pass.layer - a_pass.layer_input if recomputed == layers else 0)
     # Our layers hold all gradients at once. Autograd's come layer by layer, but are all there in a step's second pass.
@@ -120,7 +121,7 @@ def estimate(
     return MemoryEstimate(
         weights_bytes=weights,
         quantisation_constants_bytes=constants,
-        adapters_bytes=adapter_bytes(shape, config, targeted, dtype_bytes, fused=plan.fused),
+        adapters_bytes=adapter_bytes(targeted, config, dtype_bytes, fused=plan.fused),
         gradients_bytes=whole if at_step else gradients,
         optimizer_bytes=optimizer,
         activations_bytes=0 if at_step else kept,
@@ -187,7 +188,10 @@ def choose_plan(
 ) -> Planned:
     """The fastest plan that needs at most `usable_bytes`, or the config's own budget where that is lower. What the config
     sets itself is kept. Context and fragmentation are among what must fit."""
-    known = {"row_lengths": tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step, "supervised_share": supervised_share}
+    known = {
+        "row_lengths": tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step,
+        "supervised_share": supervised_share,
+    }
     known |= {"is_gpu": is_gpu, "dtype_bytes": dtype_bytes}
     if config.memory_budget_gib is not None:
         usable_bytes = min(usable_bytes, round(config.memory_budget_gib * GIB))

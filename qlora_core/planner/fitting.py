@@ -49,6 +49,13 @@ def supervised_share(facts: Facts) -> float:
     return learnt / sum(row_lengths(facts))
 
 
+def can_fuse(facts: Facts) -> bool:
+    """Whether the worker will use decoder layers of its own, as far as can be known before it has tried them."""
+    config, device = facts.config, facts.device
+    in_bf16 = device.has_bf16 and config.compute_dtype in ("auto", "bf16")
+    return facts.architecture.fusable and in_bf16 and config.packing == "auto" and not config.use_dora
+
+
 def planned(facts: Facts) -> Planned | None:
     """The fastest plan that fits; None where the model's sizes are unknown or nothing gets an adapter."""
     shape, config = facts.architecture, facts.config
@@ -62,7 +69,7 @@ def planned(facts: Facts) -> Planned | None:
         is_gpu=facts.device.is_gpu,
         dtype_bytes=dtype_bytes(config, facts.device),
         usable_bytes=usable_bytes(facts),
-        can_fuse=shape.fusable,
+        can_fuse=can_fuse(facts),
     )
 
 
