@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-from helpers import CHATML, alpaca, model_folder, run_in, settings_in, tokenizer_folder, write_rows
+from helpers import CHATML, alpaca, fake_gpus, model_folder, run_in, settings_in, tokenizer_folder, write_rows
 
 from qlora_core import architecture
 from qlora_core.config import TrainConfig
@@ -80,6 +80,42 @@ def test_findings_stand_beside_start_once_rows_and_layers_are_looked_at(tab, bas
     assert "q_proj, k_proj, v_proj, o_proj, … in 2 layers: 10 modules, 81,920 trainable weights" in plan
     assert "Warning" in findings and "Rank 64 is high for 360 rows" in findings
     assert "Nothing to warn of" in tab.check(chosen, *values_of(tab, base))[4]
+
+
+def test_memory_stands_beside_start_and_follows_the_form(tab, base, chosen):
+    def shown(**changed):
+        return tab.check(chosen, *values_of(tab, base, device="cpu", **changed))[5]
+
+    assert "Looking at the rows" in shown()
+    tab.look(chosen, base)
+    found = shown()
+    assert "estimate, host memory" in found and "✓ fits" in found and "nothing is recomputed" in found
+    sizes = {name: int(number) for name, number in re.findall(r'<span>([^<]+)</span><data value="(\d+)"', found)}
+    assert {"libraries", "weights", "adapters", "optimizer", "activations"} <= sizes.keys()
+    widths = [float(width) for width in re.findall(r'<i style="width:([\d.]+)%', found)]
+    assert len(widths) == len(sizes) and sum(widths) <= 100.01
+    assert "Full fine-tuning" in found and "0.52p + 24krd" in found and ">2p + 24krd" in shown(method="lora")
+    tight = shown(memory_budget_gib="0.1")
+    assert "✕ does not fit" in tight and "of 0.10 GiB" in tight and "what would help" in tight
+    assert "stands here when nothing is missing" in shown(rank=0)
+
+
+def test_memory_speaks_of_the_gpu_where_there_is_one(tab, base, chosen, monkeypatch):
+    fake_gpus(monkeypatch, "GPU-1")
+    tab.look(chosen, base)
+    found = tab.check(chosen, *values_of(tab, base))[5]
+    assert "estimate, GPU" in found and "of 76.00 GiB" in found and "context, gaps" in found
+
+
+def test_the_rank_for_the_memory_is_a_click(tab, base, chosen):
+    tab.look(chosen, base)
+    values = values_of(tab, base, rank=64)
+    found = tab.check(chosen, *values)[5]
+    assert "Highest rank that fits: 256; 8 is enough for these rows" in found and "Use rank 8" in found
+    (button,) = re.findall('data-remedy="([^"]*)"', found)
+    values = filled(values, tab.apply(SimpleNamespace(remedy=html.unescape(button))))
+    assert as_config(values, chosen).rank == 8
+    assert "data-remedy" not in tab.check(chosen, *values)[5]
 
 
 def test_a_findings_button_mends_it(tab, base, chosen):
