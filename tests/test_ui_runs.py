@@ -175,6 +175,13 @@ def test_the_result_tells_path_optimizer_and_whose_step_the_adapter_is(tmp_path)
     assert "The adapter is that of step 3</b>, the lowest evaluation loss (1.2500)" in result_html(run, run.status())
 
 
+def test_the_result_has_the_estimate_beside_the_measured_peak(tmp_path):
+    run = finished(tmp_path, "estimated")
+    assert "estimated before the run" in (shown := result_html(run, run.status())) and "2.00 GiB (+100%)" in shown
+    say(run, events.Launched(attempt=2), started(estimated_peak_bytes=2**30), events.Finished(step=6))
+    assert "1.00 GiB (+0%)" in result_html(run, run.status())
+
+
 def test_without_a_checkpoint_a_failed_run_starts_again(tab, tmp_path):
     run = run_in(tmp_path)
     say(run, events.Launched(attempt=1), started(), events.Failed(step=0, reason="out of memory"))

@@ -47,6 +47,7 @@ LABELS = {
     "lora_dropout": "LoRA dropout",
     "lr_schedule": "Learning-rate schedule",
     "token_budget": "Token budget a pass",
+    "memory_budget_gib": "Memory budget, GiB",
     "eval_steps": "Steps between evaluations",
     "save_steps": "Steps between checkpoints",
     "use_rslora": "rsLoRA",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_core.data.rows import counted
+from qlora_core.events import Started
 from qlora_core.run_status import QUEUED, RUNNING, RunStatus
 from qlora_core.runs import Run
 from qlora_core.ui.words import empty, esc, facts, loss, seconds, share, size
@@ -17,6 +18,7 @@ def result_html(run: Run, status: RunStatus) -> str:
         return empty("Result", "Measured memory, step time, loss and score stand here when the run has ended.")
     info, ran = result["train_info"], result["run_info"]
     pairs = [(f"peak memory, {kind}", size(info[field])) for kind, field in _memory_kinds(info)]
+    pairs += _estimated(run, info)
     if info["step_seconds_median"] is not None:
         pairs += [
             ("step time, median", seconds(info["step_seconds_median"])),
@@ -32,6 +34,15 @@ def result_html(run: Run, status: RunStatus) -> str:
         f'<div class="lab-card"><h3>Result</h3>{facts(pairs)}<p class="lab-hint" style="margin-top:10px">'
         f"{_kept_adapter(info)}Measured on {esc(ran['device'])}, {esc(ran['compute_dtype'])}; {_rows(info)}.</p></div>"
     )
+
+
+def _estimated(run: Run, info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the worker expected before the first step, beside what it was."""
+    expected = [event.estimated_peak_bytes for event in run.history() if isinstance(event, Started)]
+    measured = info["peak_allocated_bytes"] or info["peak_host_bytes"]
+    if not expected or not measured:
+        return []
+    return [("estimated before the run", f"{size(expected[-1])} ({expected[-1] / measured - 1:+.0%})")]
 
 
 def _loss_pairs(info: dict[str, Any]) -> list[tuple[str, str]]:
