@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from qlora_core import events
 from qlora_core.errors import ModelError
 from qlora_core.runs import Run
-from qlora_core.worker import steps
+from qlora_core.worker import passes, steps
 from qlora_core.worker.batches import plan_passes, step_rows
 
 # Float error, in fp32 at a learning rate of 0.01, the same bounds for every architecture and both methods. Largest differences
@@ -40,6 +40,7 @@ from qlora_core.worker.batches import plan_passes, step_rows
 LOSS_BOUND, ADAPTER_BOUND, STRAY_BOUND = 1e-5, 1e-5, 5e-3
 EPSILON = 1e-4
 PACKED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3_text")
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
 LEAKY = ("opt", "falcon", "bloom", "mpt", "mamba", "qwen3_next", "lfm2", "bamba")
 METHODS = ("lora", "qlora")
 # bitsandbytes leaves Falcon's layers as they are (a subclass of Linear), and Mamba reads a weight past its layer.
@@ -142,6 +143,19 @@ def test_every_loss_and_the_adapter_equal_those_of_trainer(
     assert_equal(run, reference_of(architecture, method), share=0.999)
 
 
+@pytest.mark.parametrize("budget", ["one row a pass", "two rows a pass", "everything packed", "checkpointed"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", FUSED)
+def test_fused_layers_equal_trainer(
+    architecture: str, method: str, budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "FUSED_DEVICES", ("cuda", "cpu"))
+    run = train_here(run_on(tmp_path, architecture, method, **BUDGETS[budget]))
+    started = said(run, events.Started)[0]
+    assert started.fused and started.packed, started.fused_reason
+    assert_equal(run, reference_of(architecture, method), share=0.999)
+
+
 @pytest.mark.parametrize("budget", ["one row a pass", "two rows a pass", "everything packed"])
 @pytest.mark.parametrize(
     ("architecture", "method"), [(a, m) for a in LEAKY for m in METHODS if m == "lora" or a not in UNQUANTISED]
@@ -199,6 +213,7 @@ def cases(draw: st.DrawFn) -> Case:
             "max_steps": st.integers(1, 6),
             "token_budget": st.integers(8, 600),
             "packing": st.sampled_from(["auto", "auto", "auto", "off"]),
+            "fused_layers": st.sampled_from(["auto", "off"]),
             "activation_checkpointing": st.sampled_from(["none", "full"]),
             "weight_decay": st.sampled_from([0.0, 0.1]),
             "max_grad_norm": st.sampled_from([0.05, 1.0, 1000.0]),
@@ -213,22 +228,20 @@ def cases(draw: st.DrawFn) -> Case:
 def check(case: Case) -> None:
     """Every weight is compared, hence an epsilon that keeps AdamW from dividing rounding by itself."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "FUSED_DEVICES", ("cuda", "cpu"))
         patch.setitem(steps.OPTIMIZERS, "adamw_torch_fused", (torch.optim.AdamW, {"fused": True, "eps": EPSILON}))
         run = case.run(Path(folder))
         assert_equal(train_here(run), train_with_trainer(run, adam_epsilon=EPSILON), share=1.0)
 
 
+MIXED_ROWS: list[tuple[int, int]] = [(30, 10), (45, 20), (3, 40), (50, 2), (20, 30)]
+MIXED_STEPS = {"rows_per_step": 3, "max_steps": 5, "token_budget": 100, "lr_schedule": "linear"}
+
+
 # Four rows are left, of 24, 50, 50 and 50 tokens: one with a single supervised token, two cut, two more left out whole. Steps
 # of 3, 1, 3, 1 and 3 rows.
-@example(
-    Case(
-        "mistral",
-        "qlora",
-        [(30, 10), (45, 20), (3, 40), (50, 2), (20, 30)],
-        cut_row=0,
-        settings={"rows_per_step": 3, "max_steps": 5, "token_budget": 100, "lr_schedule": "linear"},
-    )
-)
+@example(Case("mistral", "qlora", MIXED_ROWS, cut_row=0, settings=MIXED_STEPS | {"fused_layers": "off"}))
+@example(Case("mistral", "qlora", MIXED_ROWS, cut_row=0, settings=MIXED_STEPS | {"fused_layers": "auto"}))
 @settings(max_examples=10, derandomize=True, deadline=None, database=None)
 @given(case=cases())
 def test_any_run_equals_trainer(case: Case) -> None:
