@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from qlora_core import targets
-from qlora_core.activations import fused_pass, plain_pass
+from qlora_core.activations import PassBytes, fused_pass, plain_pass
 from qlora_core.config import TrainConfig
 from qlora_core.footprint import adapter_bytes, optimizer_bytes, targeted_layers, weight_bytes
 from qlora_core.targets import Architecture
@@ -99,40 +99,42 @@ def estimate(
         longest = max(row_lengths, default=tokens)
         masked = 0 if tokens == longest else tokens if config.packing == "auto" else longest
         a_pass = plain_pass(*sizes, masked=masked, is_gpu=is_gpu)
+    # Our layers hold all gradients at once. Autograd's come layer by layer, but are all there in a step's second pass.
+    gradients = 4 * targets.trainable_parameters(targeted, config)
+    several = largest_pass(config, ALL_TOKENS, row_lengths) > tokens
+    held = gradients if plan.fused or several else gradients // max(1, shape.layer_count)
+    kept, working, loss = _at_peak(a_pass, plan, shape.layer_count, is_gpu=is_gpu)
+    if gradients - held > kept + working + loss:  # the peak is when the optimizer steps, and no pass is under way
+        held, kept, working, loss = gradients, 0, 0, 0
+    buffers = a_pass.buffers + CUBLAS_BYTES if is_gpu else round(HELD_BACK * shape.layer_count * a_pass.layer)
     weights, constants = weight_bytes(shape, config, dtype_bytes)
     optimizer, paged = optimizer_bytes(targeted, config, is_gpu=is_gpu, fused=plan.fused)
-    trainable = targets.trainable_parameters(targeted, config)
-
-    layers, offloaded = shape.layer_count, plan.offloaded and is_gpu
-    recomputed = min(plan.checkpointed_layers, layers)
-    # On the way to the host and back, three inputs are here at a time.
-    inputs_kept = (min(3, recomputed) if offloaded else recomputed) * a_pass.layer_input
-    kept = a_pass.around + (layers - recomputed) * a_pass.layer + inputs_kept
-    # The last layers go back first: where they are recomputed too, all that one keeps comes on top of the inputs.
-    in_layer = a_pass.working + (a_pass.layer - a_pass.layer_input if recomputed == layers else 0)
-    # Our layers hold all gradients at once. Autograd's come layer by layer, but are all there in a step's second pass.
-    whole = 4 * trainable
-    several = largest_pass(config, ALL_TOKENS, row_lengths) > tokens
-    gradients = whole if plan.fused or several else whole // max(1, layers)
-    at_step = whole - gradients > kept + max(in_layer, a_pass.loss)
-    in_loss = not at_step and a_pass.loss > in_layer
-    on_top = 0 if at_step else max(in_layer, a_pass.loss)
-    buffers = a_pass.buffers + CUBLAS_BYTES if is_gpu else round(HELD_BACK * layers * a_pass.layer)
     return MemoryEstimate(
         weights_bytes=weights,
         quantisation_constants_bytes=constants,
         adapters_bytes=adapter_bytes(targeted, config, dtype_bytes, fused=plan.fused),
-        gradients_bytes=whole if at_step else gradients,
+        gradients_bytes=held,
         optimizer_bytes=optimizer,
-        activations_bytes=0 if at_step else kept,
-        working_bytes=buffers + (0 if in_loss else on_top),
-        logits_bytes=on_top if in_loss else 0,
+        activations_bytes=kept,
+        working_bytes=buffers + working,
+        logits_bytes=loss,
         libraries_bytes=0 if is_gpu else LIBRARIES_BYTES,
-        context_bytes=CONTEXT_BYTES + round(FRAGMENTED * (kept + on_top)) if is_gpu else 0,
-        host_bytes=paged + (recomputed * a_pass.layer_input if offloaded else 0),
+        context_bytes=CONTEXT_BYTES + round(FRAGMENTED * (kept + working + loss)) if is_gpu else 0,
+        host_bytes=paged + (plan.checkpointed_layers * a_pass.layer_input if plan.offloaded and is_gpu else 0),
         tokens=tokens,
         is_gpu=is_gpu,
     )
+
+
+def _at_peak(a_pass: PassBytes, plan: Plan, layers: int, *, is_gpu: bool) -> tuple[int, int, int]:
+    """(kept, working, loss): the loss is 0 where the peak is in the backward pass of the last layer, else working is."""
+    recomputed = min(plan.checkpointed_layers, layers)
+    # On the way to the host and back, three inputs are here at a time.
+    inputs = min(3, recomputed) if plan.offloaded and is_gpu else recomputed
+    kept = a_pass.around + (layers - recomputed) * a_pass.layer + inputs * a_pass.layer_input
+    # The last layer goes back first: where it is recomputed too, all that it keeps comes on top of the inputs.
+    working = a_pass.working + (a_pass.layer - a_pass.layer_input if recomputed == layers else 0)
+    return (kept, working, 0) if working >= a_pass.loss else (kept, 0, a_pass.loss)
 
 
 # -- rows
