@@ -1,8 +1,9 @@
 """(Shape, settings, plan of the passes, row lengths) -> peak memory, part by part, in bytes. Loads nothing; knows no torch."""
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from qlora_core import targets
@@ -190,28 +191,31 @@ def choose_plan(
 ) -> Planned:
     """The fastest plan that needs at most `usable_bytes`, or the config's own budget where that is lower. What the config
     sets itself is kept. Context and fragmentation are among what must fit."""
-    known = {
-        "row_lengths": tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step,
-        "supervised_share": supervised_share,
-    }
-    known |= {"is_gpu": is_gpu, "dtype_bytes": dtype_bytes}
+    lengths = tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step
+    known = {"row_lengths": lengths, "supervised_share": supervised_share, "is_gpu": is_gpu, "dtype_bytes": dtype_bytes}
     if config.memory_budget_gib is not None:
         usable_bytes = min(usable_bytes, round(config.memory_budget_gib * GIB))
     fused = can_fuse and is_gpu and config.fused_layers == "auto"
-    longest = max(known["row_lengths"])
-    least: tuple[Plan, MemoryEstimate] | None = None
-    for plan in _plans(shape, config, longest, is_gpu=is_gpu, fused=fused):
-        needed = estimate(shape, config, plan, **known)
-        if needed.needed_bytes <= usable_bytes:
-            return Planned(plan=plan, estimate=needed, reason=_reason(plan, shape, is_gpu=is_gpu), fits=True)
-        if least is None or needed.needed_bytes < least[1].needed_bytes:
-            least = plan, needed
-    plan, needed = least
-    return Planned(plan=plan, estimate=needed, reason=_remedies(config, needed, usable_bytes), fits=False)
+
+    def needed(plan: Plan) -> int:
+        return estimate(shape, config, plan, **known).needed_bytes
+
+    plans = list(_plans(shape, config, max(lengths), is_gpu=is_gpu, fused=fused))
+    found = next((plan for plan in plans if needed(plan) <= usable_bytes), None)
+    if found is None:
+        plan = min(plans, key=needed)
+        least = estimate(shape, config, plan, **known)
+        return Planned(plan=plan, estimate=least, reason=_remedies(config, least, usable_bytes), fits=False)
+    if config.activation_checkpointing == "auto" and found.checkpointed_layers and not found.offloaded:
+        counts = range(1, found.checkpointed_layers + 1)  # all of them fit: as few as do
+        some = bisect_left(counts, True, key=lambda n: needed(replace(found, checkpointed_layers=n)) <= usable_bytes)
+        found = replace(found, checkpointed_layers=counts[some])
+    reason = _reason(found, shape)
+    return Planned(plan=found, estimate=estimate(shape, config, found, **known), reason=reason, fits=True)
 
 
 def _plans(shape: Architecture, config: TrainConfig, longest: int, *, is_gpu: bool, fused: bool) -> Iterator[Plan]:
-    """Fastest first. Smaller passes cost little, each recomputed layer its share of a third, host memory more."""
+    """Fastest first, all layers recomputed or none. Smaller passes cost little, recomputing a third, host memory more."""
     most, least = PASS_TOKENS[is_gpu]
     if config.token_budget is not None:
         budgets = [config.token_budget]
@@ -229,17 +233,15 @@ def _plans(shape: Architecture, config: TrainConfig, longest: int, *, is_gpu: bo
     for budget in budgets:
         yield plan(budget, first, asked == "offloaded")
     if asked == "auto":
-        for count in range(1, layers + 1):
-            yield plan(budgets[-1], count, False)
+        yield plan(budgets[-1], layers, False)
     if offload:
         yield plan(budgets[-1], layers, True)
-    if config.token_budget is None and budgets[-1] > longest:
-        while budgets[-1] > longest:
-            budgets.append(max(longest, budgets[-1] // 2))
-            yield plan(budgets[-1], layers if asked == "auto" else first, offload)
+    while config.token_budget is None and budgets[-1] > longest:
+        budgets.append(max(longest, budgets[-1] // 2))
+        yield plan(budgets[-1], layers if asked == "auto" else first, offload)
 
 
-def _reason(plan: Plan, shape: Architecture, *, is_gpu: bool) -> str:
+def _reason(plan: Plan, shape: Architecture) -> str:
     passes = f"passes of up to {plan.token_budget:,} tokens"
     count, layers = plan.checkpointed_layers, shape.layer_count
     if not count:
