@@ -276,11 +276,12 @@ class FusedModel:
             projection for layer in self.layers for projection in (layer.qkv, layer.o, layer.gate_up, layer.down)
         ]
         device = self.head.device
-        needed = max((p.shape[0] * p.shape[1] for p in projections if p.held is None), default=0)
+        needed = max((p.shape[0] * p.shape[1] for p in projections if not p.is_held), default=0)
         scratch = torch.empty(needed, dtype=dtype, device=device)
         for projection in projections:
-            projection.scratch = scratch
-        pairs = [pair for projection in projections for pair in projection.held_copies()]
+            projection.use_scratch(scratch)
+        held = [projection for projection in projections if projection.is_held]
+        pairs = [pair for p in held for pair in (*p.place_of_a(), *p.places_of_b())]
         self.held_copies = [list(side) for side in zip(*pairs, strict=True)]
         self.room = max(max(layer.o.room, layer.down.room) for layer in self.layers)
         self.host = HostMemory(device) if device.type == "cuda" else None

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 
+from qlora_core.worker.packed import Packed
+
 
 def _fast(tensor: torch.Tensor) -> Any:
     """The Triton kernels, where the tensor lies on a GPU."""
@@ -97,16 +99,20 @@ def cross_entropy_(
     return losses
 
 
-def dequantize(weight: Any, out: torch.Tensor, b: torch.Tensor | None = None, *, first_rank: int = 0) -> None:
-    """The 4-bit weight [outputs, inputs] in the number type of `out`, [outputs, inputs + ranks]. In the last columns, where there
-    are any, b [outputs, rank] from the column of `first_rank` on, zero beside it."""
-    state, width = weight.quant_state, weight.quant_state.shape[1]
-    if (fast := _fast(out)) and width % state.blocksize == 0:
-        return fast.dequantize(weight.data, state, out, b, first_rank)
-    out[:, :width] = dequantize_4bit(weight.data, state)
+def dequantize(joined: Packed, out: torch.Tensor, b: torch.Tensor | None) -> None:
+    """4-bit weights in the number type of `out`, [outputs, inputs + ranks]; in the last columns, where there are any, b
+    [outputs, rank] of each layer beside its rows, block by block, and zeros."""
+    if fast := _fast(out):
+        return fast.dequantize(joined, out, b)
+    width, first = joined.state.shape[1], 0
     out[:, width:] = 0
-    if b is not None:
-        out[:, width + first_rank : width + first_rank + b.shape[1]] = b
+    for number, weight in enumerate(joined.weights):
+        rows = slice(first, first + weight.quant_state.shape[0])
+        out[rows, :width] = dequantize_4bit(weight.data, weight.quant_state)
+        if b is not None:
+            begin = width + number * b.shape[1]
+            out[rows, begin : begin + b.shape[1]] = b[rows]
+        first = rows.stop
 
 
 def dropout(x: torch.Tensor, share: float, seed: int, *, onto: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 
 from qlora_core.worker import kernels
+from qlora_core.worker.packed import Packed, can_join
 
 # Rows of a matrix that FlashAttention and the tensor cores read begin at multiples of 16 bytes.
 ALIGNED = 8
@@ -56,6 +58,13 @@ class Adapters:
         parameter = layer.lora_B["default"].weight
         return self._view(self.copies, parameter), self._view(self.gradients, parameter)
 
+    def all_b_of(self, group: Sequence[LoraLayer]) -> torch.Tensor | None:
+        """Copies times scale of the group's B below each other, [outputs, rank]; None where ranks differ."""
+        weights = [layer.lora_B["default"].weight for layer in group]
+        if len({weight.shape[1] for weight in weights}) != 1:
+            return None
+        return self._view(self.copies, weights[0], sum(len(weight) for weight in weights))
+
     def refresh(self) -> None:
         """What the optimizer changed, into the copies."""
         self.copies.copy_(self.weights)
@@ -90,8 +99,13 @@ class Projection:
         self.room = -(-self.ranks // ALIGNED) * ALIGNED  # ranks, and columns of zeros where they are not aligned
         self.shape = self.outputs + self.room, self.inputs + self.room
         self.bias = self._bias()
-        self.scratch: torch.Tensor | None = None
-        self.held = None if any(isinstance(base, Linear4bit) for base in self.bases) else self._hold()
+        weights = [base.weight for base in self.bases]
+        self.is_packed = [isinstance(base, Linear4bit) for base in self.bases]
+        self.joined = Packed(weights) if all(self.is_packed) and can_join(weights) else None
+        # B of all layers below each other, where all have adapters: of one rank, they lie so.
+        self.all_of_b = adapters.all_b_of(adapted) if len(adapted) == len(layers) else None
+        self.whole = None if any(self.is_packed) else self._hold()
+        self.is_held = self.whole is not None
 
     def _bias(self) -> torch.Tensor | None:
         biases = [getattr(base, "bias", None) for base in self.bases]
@@ -111,34 +125,42 @@ class Projection:
             base.weight.data = held[rows, : self.inputs]
         return held
 
-    def held_copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(part of the matrix that is held, what belongs there) of the adapters."""
-        if self.held is None or self.a is None:
-            return []
-        pairs = [(self.held[self.outputs : self.outputs + self.ranks, : self.inputs], self.a)]
-        for rows, ranks, b, _ in self.pieces:
-            if b is not None:
-                pairs.append((self.held[rows, self.inputs + ranks.start : self.inputs + ranks.stop], b))
-        return pairs
+    def use_scratch(self, scratch: torch.Tensor) -> None:
+        if not self.is_held:
+            self.whole = scratch[: self.shape[0] * self.shape[1]].view(self.shape)
+        self.upper, self.left = self.whole[: self.outputs], self.whole[:, : self.inputs]
+        self.of_b = self.upper[:, self.inputs :]
 
-    def matrix(self, *, with_b: bool) -> torch.Tensor:
-        """The upper rows, with B, or the left columns, with A."""
-        whole = self.held
-        if whole is None:
-            size = self.shape[0] * self.shape[1]
-            whole = self.scratch[:size].view(self.shape)
-            for base, (rows, ranks, b, _) in zip(self.bases, self.pieces, strict=True):
-                if isinstance(base, Linear4bit):
-                    part = whole[rows] if with_b else whole[rows, : self.inputs]
-                    kernels.dequantize(base.weight, part, b if with_b else None, first_rank=ranks.start)
-                else:
-                    whole[rows, : self.inputs], whole[rows, self.inputs :] = base.weight.data, 0
-                    if b is not None:
-                        whole[rows, self.inputs + ranks.start : self.inputs + ranks.stop] = b
-            if not with_b and self.a is not None:
-                whole[self.outputs :, : self.inputs] = 0 if self.room > self.ranks else self.a
-                whole[self.outputs : self.outputs + self.ranks, : self.inputs] = self.a
-        return whole[: self.outputs] if with_b else whole[:, : self.inputs]
+    def places_of_b(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(part of the matrix, what belongs there) of each B."""
+        return [
+            (self.whole[rows, self.inputs + ranks.start : self.inputs + ranks.stop], b)
+            for rows, ranks, b, _ in self.pieces
+            if b is not None
+        ]
+
+    def place_of_a(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [] if self.a is None else [(self.left[self.outputs : self.outputs + self.ranks], self.a)]
+
+    def fill(self, *, with_a: bool) -> None:
+        """Make the matrix, where it is not held."""
+        if self.is_held:
+            return
+        if self.joined:
+            kernels.dequantize(self.joined, self.upper, self.all_of_b)
+        else:
+            self.of_b.zero_()
+            for base, packed, (rows, *_) in zip(self.bases, self.is_packed, self.pieces, strict=True):
+                weight = dequantize_4bit(base.weight.data, base.weight.quant_state) if packed else base.weight.data
+                self.upper[rows, : self.inputs] = weight
+        if not self.joined or self.all_of_b is None:
+            for place, b in self.places_of_b():
+                place.copy_(b)
+        if with_a:
+            if self.room > self.ranks:
+                self.left[self.outputs :] = 0
+            for place, a in self.place_of_a():
+                place.copy_(a)
 
     def input_like(self, x: torch.Tensor) -> torch.Tensor:
         """Room for an input of as many tokens and its x·A^T: [tokens, inputs + ranks]."""
@@ -161,17 +183,18 @@ class Projection:
         """[x ...] -> (outputs, x·A^T). The outputs are the first columns of a tensor that has room for `backward`."""
         reduced = self._reduce_inside(wide, seed=seed)
         out = wide.new_empty(len(wide), self.shape[0])
-        torch.mm(wide, self.matrix(with_b=True).T, out=out[:, : self.outputs])
+        self.fill(with_a=False)
+        torch.mm(wide, self.upper.T, out=out[:, : self.outputs])
         if self.bias is not None:
             out[:, : self.outputs] += self.bias
         return out, reduced
 
     def forward_narrow(self, x: torch.Tensor, *, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """As `forward` of a single layer, where x comes without room beside it: (outputs, x·A^T)."""
-        (_, ranks, b, _), weight = self.pieces[0], self.matrix(with_b=True)[:, : self.inputs]
-        reduced = self.reduce(x, seed=seed)
+        self.fill(with_a=False)
+        reduced, weight = self.reduce(x, seed=seed), self.upper[:, : self.inputs]
         # The small product first: the large one adds it up on the way, which costs next to nothing.
-        out = x @ weight.T if b is None else (reduced[:, ranks] @ b.T).addmm_(x, weight.T)
+        out = x @ weight.T if self.a is None else (reduced @ self.of_b.T).addmm_(x, weight.T)
         if self.bias is not None:
             out += self.bias
         return out, reduced
@@ -181,7 +204,8 @@ class Projection:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[x ...] -> (residual + outputs, x·A^T)"""
         reduced = self._reduce_inside(wide, seed=seed)
-        out = torch.addmm(residual, wide, self.matrix(with_b=True).T)
+        self.fill(with_a=False)
+        out = torch.addmm(residual, wide, self.upper.T)
         if self.bias is not None:
             out += self.bias
         return out, reduced
@@ -195,18 +219,17 @@ class Projection:
         """(gradient of x where it is wanted, gradient of x·A^T); B's gradient is added to. `gradient` is [tokens, outputs + ranks
         or more], of the outputs, and written over beside them."""
         outputs, room = gradient[:, : self.outputs], gradient[:, self.outputs : self.shape[0]]
-        of_reduced = torch.zeros_like(room) if self.room > self.ranks else torch.empty_like(room)
+        self.fill(with_a=True)
+        of_reduced = outputs @ self.of_b
         for columns, ranks, b, b_gradient in self.pieces:
             if b is not None:
-                torch.mm(outputs[:, columns], b, out=of_reduced[:, ranks])
                 add_product_(b_gradient, outputs[:, columns].T, reduced[:, ranks], self.adapters.scale)
         if not wanted:
             return None, of_reduced
-        matrix = self.matrix(with_b=False)
         if seed is None or not self.dropout or self.a is None:
             room.copy_(of_reduced)
-            return gradient[:, : self.shape[0]] @ matrix, of_reduced
-        of_x = outputs @ matrix[: self.outputs]
+            return gradient[:, : self.shape[0]] @ self.left, of_reduced
+        of_x = outputs @ self.left[: self.outputs]
         kernels.dropout(of_reduced[:, : self.ranks] @ self.a, self.dropout, seed, onto=of_x)
         return of_x, of_reduced
 

@@ -4,11 +4,11 @@ Products of matrices, attention and norms come from torch. What is here is what 
 products each of these reads and writes its tensors once, where a chain of torch operators would do so three to seven times.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from qlora_core.worker.packed import Packed
 
 BLOCK = 1024
 BLOCKS = 64  # of quantised weights, each 64 long
@@ -86,17 +86,19 @@ def _norm_backward(gradient, normed, x, weight, rstd, gradient_stride, width, BL
 
 
 @triton.jit
-def _dequantize(packed, codes, absmax, absmax_codes, absmax_scales, offset, out, out_stride, blocks_a_row,
-                b, rank, first_rank, ranks, NESTED: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr,
+def _dequantize(packed, codes, absmax, absmax_codes, scales, offsets, firsts, scale_begins, out, out_stride, blocks_a_row,
+                b, rank, ranks, NESTED: tl.constexpr, LAYERS: tl.constexpr, RANKS: tl.constexpr, BLOCKS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside, number = block < blocks_a_row, row * blocks_a_row + block
+    layer = 0
+    for following in tl.static_range(1, LAYERS):
+        layer += (row >= tl.load(firsts + following)).to(tl.int32)
     scale = tl.load(absmax + number, mask=inside, other=0)
     if NESTED:
-        scale = tl.load(absmax_codes + scale.to(tl.int32)) * tl.load(
-            absmax_scales + number // 256, mask=inside, other=0.0
-        )
-        scale += tl.load(offset)
+        of_layer = number - tl.load(firsts + layer) * blocks_a_row
+        of_absmax = tl.load(scales + tl.load(scale_begins + layer) + of_layer // 256, mask=inside, other=0.0)
+        scale = tl.load(absmax_codes + scale.to(tl.int32)) * of_absmax + tl.load(offsets + layer)
     pairs = number[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     pair = tl.load(packed + pairs, mask=inside[:, None], other=0).to(tl.int32)
     values = tl.join(tl.load(codes + (pair >> 4)), tl.load(codes + (pair & 15)))
@@ -105,8 +107,8 @@ def _dequantize(packed, codes, absmax, absmax_codes, absmax_scales, offset, out,
     tl.store(out + row * out_stride + at, values, mask=inside[:, None])
     if (RANKS > 0) and (tl.program_id(1) == 0):
         column = tl.arange(0, RANKS)
-        own = (column >= first_rank) & (column < first_rank + rank)
-        of_b = tl.load(b + row * rank + column - first_rank, mask=own, other=0.0)
+        own = (column >= layer * rank) & (column < layer * rank + rank)
+        of_b = tl.load(b + row * rank + column - layer * rank, mask=own, other=0.0)
         tl.store(out + row * out_stride + blocks_a_row * BLOCK + column, of_b, mask=column < ranks)
 
 
@@ -186,14 +188,15 @@ def norm_backward_(
     )
 
 
-def dequantize(weight: torch.Tensor, state: Any, out: torch.Tensor, b: torch.Tensor | None, first_rank: int) -> None:
-    rows, width = state.shape
-    ranks, blocks = out.shape[1] - width, width // state.blocksize
-    nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.code,) * 3
-    _dequantize[(rows, triton.cdiv(blocks, BLOCKS))](
-        weight, state.code, state.absmax, *nested, out, out.stride(0), blocks,
-        state.code if b is None else b, 0 if b is None else b.shape[1], first_rank, ranks,
-        NESTED=state.nested, RANKS=triton.next_power_of_2(ranks) if ranks else 0, BLOCKS=BLOCKS, BLOCK=state.blocksize,
+def dequantize(joined: Packed, out: torch.Tensor, b: torch.Tensor | None) -> None:
+    rows, state = len(out), joined.state
+    ranks = out.shape[1] - state.shape[1]
+    _dequantize[(rows, triton.cdiv(joined.blocks_a_row, BLOCKS))](
+        joined.packed, state.code, joined.absmax, state.state2.code if joined.nested else state.code, joined.scales,
+        joined.offsets, joined.firsts, joined.scale_begins, out, out.stride(0), joined.blocks_a_row,
+        state.code if b is None else b, 0 if b is None else b.shape[1], ranks,
+        NESTED=joined.nested, LAYERS=len(joined.weights), RANKS=triton.next_power_of_2(ranks) if ranks else 0,
+        BLOCKS=BLOCKS, BLOCK=state.blocksize,
     )  # fmt: skip
 
 
