@@ -9,8 +9,8 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from qlora_core.devices import GIB  # noqa: E402
 from qlora_core.settings import Settings  # noqa: E402
 from qlora_core.targets import Architecture  # noqa: E402
 
-STEPS = 3
+STEPS, TOKEN_BUDGET = 3, 8192
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FITTED, HELD_OUT, SMOKE = "fitted", "held out", "smoke test"
 
@@ -79,6 +79,7 @@ def measure(wanted: Configuration, model_folder: Path, *, device: str, limit_sec
         "method": wanted.method,
         "rank": wanted.rank,
         "activation_checkpointing": wanted.checkpointing,
+        "token_budget": TOKEN_BUDGET,  # a choice by free memory would depend on what runs beside it
         "compile": "off",
         "rows_per_step": workload.rows_per_step,
         "max_seq_length": workload.max_seq_length,
@@ -108,7 +109,7 @@ def estimated(entry: dict[str, Any]) -> memory.MemoryEstimate:
     return memory.estimate(
         shape,
         TrainConfig.from_mapping(entry["config"]),
-        plan_of(entry, shape),
+        plan_of(entry),
         row_lengths=entry["row_lengths"],
         supervised_share=entry["supervised_share"],
         is_gpu=entry["is_gpu"],
@@ -116,14 +117,14 @@ def estimated(entry: dict[str, Any]) -> memory.MemoryEstimate:
     )
 
 
-def plan_of(entry: dict[str, Any], shape: Architecture) -> memory.Plan:
+def plan_of(entry: dict[str, Any]) -> memory.Plan:
     """The plan that ran, as the run's result tells it."""
-    path, asked = entry["path"], entry["config"]["activation_checkpointing"]
+    path = entry["path"]
     return memory.Plan(
-        fused=any(isinstance(value, str) and value.startswith("fused") for value in path.values()),
+        fused=path["layers"].startswith("fused"),
         token_budget=path["token_budget"],
-        checkpointed_layers=0 if asked == "none" else shape.layer_count,
-        offloaded=asked == "offloaded",
+        checkpointed_layers=path["checkpointed_layers"],
+        offloaded=path["offloaded"],
     )
 
 
@@ -160,11 +161,7 @@ def table(entries: list[dict[str, Any]]) -> str:
         if e["failed"]:
             lines.append(f"{name} - | - | - | - | {e['failed'].splitlines()[-1][:120].replace('|', '/')} |")
             continue
-        expected, measured, plan = (
-            estimated(e),
-            peak_bytes(e),
-            plan_of(e, architecture_of(json.dumps(e["model_config"]))),
-        )
+        expected, measured, plan = estimated(e), peak_bytes(e), plan_of(e)
         difference = expected.total_bytes / measured - 1
         worst[e["role"]] = max(worst.get(e["role"], 0), abs(difference))
         lines.append(
@@ -188,6 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[s for s in SHAPES if s != "tiny"], choices=SHAPES)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()), help="folder of the random models")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="configurations measured at once: what one allocates, no other changes"
+    )
     parser.add_argument("--limit", type=float, default=200, help="seconds that one configuration may take")
     parser.add_argument("--missing", action="store_true", help="measure only what --out does not hold yet")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
@@ -198,14 +198,20 @@ def main() -> None:
         print(table(list(read(options.compare).values())))
         return
     device = worker_runs.choose_device(options.device)
-    with worker_runs.device_alone(device):
-        for wanted in chosen(options):
-            begun = time.monotonic()
-            folder = worker_runs.model_in(options.models / f"qlora-lab-random-{wanted.shape}", wanted.shape)
-            found = measure(wanted, folder, device=device, limit_seconds=options.limit)
-            keep(options.out, wanted, found)
+    wanted = list(chosen(options))
+    folders = {
+        shape: worker_runs.model_in(options.models / f"qlora-lab-random-{shape}", shape)
+        for shape in dict.fromkeys(c.shape for c in wanted)
+    }
+
+    def run(one: Configuration) -> tuple[Configuration, dict[str, Any]]:
+        return one, measure(one, folders[one.shape], device=device, limit_seconds=options.limit)
+
+    with worker_runs.device_alone(device), ThreadPoolExecutor(options.jobs) as pool:
+        for one, found in pool.map(run, wanted):
+            keep(options.out, one, found)
             said = found["failed"] or f"{peak_bytes(found) / GIB:.3f} GiB"
-            print(f"{wanted.key}: {said} ({time.monotonic() - begun:.0f} s)", file=sys.stderr, flush=True)
+            print(f"{one.key}: {said} ({found.get('process_seconds', 0):.0f} s)", file=sys.stderr, flush=True)
     print(table(list(read(options.out).values())))
 
 
