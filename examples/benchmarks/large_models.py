@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each length")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cap-bytes", type=float, help="what torch may take of the GPU, such as 12e9")
+    parser.add_argument("--budget-gib", type=float, help="what the plan of the passes may fill, context included")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the run")
     parser.add_argument("--shards", type=Path, help="where a shard lies while it is read (default: a temporary folder)")
@@ -91,9 +92,8 @@ def configured(arguments: argparse.Namespace, longest: int) -> TrainConfig:
         "rows_per_step": 1,
         "max_seq_length": longest,
         "max_steps": arguments.steps,
-        "packing": "off",  # one row a pass: nothing to share it with
         "compile": "off",
-        "activation_checkpointing": "full",
+        "memory_budget_gib": arguments.budget_gib,
     }
     return TrainConfig(**(values | {name: json_or_text(value) for name, value in given.items()}))
 
@@ -129,6 +129,8 @@ def trained(
     stepper.warm_up()
     run: dict[str, Any] = {
         "tokens": tokens,
+        "path": [stepper.passes.fused_reason, stepper.passes.memory_reason],
+        "estimated_peak_gib": round(stepper.passes.estimated_peak_bytes / GIB, 3),
         "warm_up_seconds": hardware.clock(device) - begun,
         "warm_up": peaks(meter, device),
         "step_seconds": [],

@@ -174,7 +174,12 @@ class Stepper:
         set_peft_model_state_dict(self.model, adapter)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
+        if saved == len(self.parameters):
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:  # saved by fused layers and resumed without them, on another device, or the other way round
+            text = "the optimizer's averages begin anew: they were saved by layers of the other kind"
+            self.say(events.Note(text=f"{text} ({'not ' if self.passes.fused else ''}fused)"))
         self.scheduler.load_state_dict(state["scheduler"])
         # A run that is continued for more steps goes on where the longer schedule is by now, not where the shorter ended.
         schedule = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
