@@ -21,6 +21,7 @@ class PassBytes:
     working: int  # what the backward pass of one layer needs beside what is kept
     loss: int  # what the loss needs, when every layer's activations are there
     buffers: int = 0  # allocated once, for all passes
+    copies: int = 0  # of the adapters beside 16-bit weights
 
 
 def fused_pass(
@@ -33,6 +34,13 @@ def fused_pass(
     qkv, o, gate_up, down = (
         columns(targeted, config, shape, names) for names in (QKV, ["o_proj"], GATE_UP, ["down_proj"])
     )
+    groups = (
+        (hidden, query + 2 * key_value, qkv),
+        (query, hidden, o),
+        (hidden, 2 * inner, gate_up),
+        (inner, hidden, down),
+    )
+    packed = config.method == "qlora"
     turned = query + 2 * key_value + qkv if shape.model_type in HEAD_NORMED else 0
     layer = (
         hidden * size  # its input
@@ -61,7 +69,8 @@ def fused_pass(
         around=tokens * (2 * shape.head_dim * size + 2 * 8),  # cosines and sines of the positions; ids
         working=round(tokens * (gradient + max(in_mlp, in_attention))),
         loss=round(loss),
-        buffers=_scratch(shape, config, query, key_value, qkv, gate_up, down, size),
+        buffers=max(_matrix_bytes(group, size) for group in groups) if packed else 0,
+        copies=0 if packed else shape.layer_count * sum(_beside_bytes(group, size) for group in groups),
     )
 
 
@@ -71,15 +80,18 @@ def columns(targeted: Sequence[Layer], config: TrainConfig, shape: Architecture,
     return -(-modules * config.rank // (max(1, shape.layer_count) * ALIGNED)) * ALIGNED
 
 
-def _scratch(
-    shape: Architecture, config: TrainConfig, query: int, key_value: int, qkv: int, gate_up: int, down: int, size: int
-) -> int:
-    """Room for the largest group of matrices that share an input, dequantised, with A below them and B beside."""
-    if config.method != "qlora":
-        return 0
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    groups = ((hidden, 2 * inner, gate_up), (hidden, query + 2 * key_value, qkv), (inner, hidden, down))
-    return size * max((inputs + ranks) * (outputs + ranks) for inputs, outputs, ranks in groups)
+Group = tuple[int, int, int]
+
+
+def _matrix_bytes(group: Group, size: int) -> int:
+    """Weights that share an input (inputs, outputs, ranks), dequantised, with A below them and B beside."""
+    inputs, outputs, ranks = group
+    return size * (inputs + ranks) * (outputs + ranks)
+
+
+def _beside_bytes(group: Group, size: int) -> int:
+    """Of that matrix what is not weights."""
+    return _matrix_bytes(group, size) - size * group[0] * group[1]
 
 
 def plain_pass(
@@ -105,7 +117,7 @@ def plain_pass(
         + 2 * (query + key_value) * size  # query, key and value, and what attention returns
         + masked * size + shape.attention_heads * 4
         + 3 * inner * size  # gate, up and the activated gate
-        + _adapter_inputs(targeted, config, size, mask=1 if is_gpu else 4) / layers
+        + _adapter_inputs(targeted, config, size, is_gpu=is_gpu) / layers
         + len(targeted) / layers * config.rank * size  # x·A^T
     )  # fmt: skip
     outputs, squares = sum(layer.out_features for layer in targeted), sum(layer.in_features**2 for layer in targeted)
@@ -128,12 +140,12 @@ def plain_pass(
     )
 
 
-def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int, *, mask: int) -> int:
-    """Bytes a token that adapters keep of their inputs. The layers of a block share one; but beside 16-bit layers (not 4-bit
-    ones) PEFT casts, and dropout makes, each its own, with dropout a `mask` beside it."""
+def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int, *, is_gpu: bool) -> int:
+    """Bytes a token that adapters keep of their inputs. The layers of a block share one; but in 16 bits PEFT casts each its own,
+    beside 4-bit layers on a CPU only, and so does dropout, with a mask beside it."""
     if config.lora_dropout > 0:
-        return sum(layer.in_features * (size + mask) for layer in targeted)
-    if size == 2 and config.method == "lora":
+        return sum(layer.in_features * (size + (1 if is_gpu else 4)) for layer in targeted)
+    if size == 2 and (config.method == "lora" or not is_gpu):
         return sum(layer.in_features * size for layer in targeted)
     shared = {(layer.name.rpartition(".")[0], layer.in_features): layer.in_features for layer in targeted}
     return size * sum(shared.values())

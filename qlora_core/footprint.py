@@ -53,9 +53,9 @@ def nf4_bytes(quantised: int) -> float:
 
 
 def adapter_bytes(targeted: Sequence[Layer], config: TrainConfig, dtype_bytes: int, *, fused: bool) -> int:
-    """The adapter in fp32, the copy in 16 bits that products are made with, and, fused, another beside 16-bit weights."""
-    copies = 0 if dtype_bytes == 4 and not fused else 2 if fused and config.method == "lora" else 1
-    return targets.trainable_parameters(targeted, config) * (4 + copies * dtype_bytes)
+    """The adapter in fp32, and the copy in 16 bits that products are made with."""
+    copy = dtype_bytes if fused or dtype_bytes == 2 else 0
+    return targets.trainable_parameters(targeted, config) * (4 + copy)
 
 
 def optimizer_bytes(targeted: Sequence[Layer], config: TrainConfig, *, is_gpu: bool, fused: bool) -> tuple[int, int]:

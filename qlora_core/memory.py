@@ -113,7 +113,7 @@ def estimate(
     return MemoryEstimate(
         weights_bytes=weights,
         quantisation_constants_bytes=constants,
-        adapters_bytes=adapter_bytes(targeted, config, dtype_bytes, fused=plan.fused),
+        adapters_bytes=adapter_bytes(targeted, config, dtype_bytes, fused=plan.fused) + a_pass.copies,
         gradients_bytes=held,
         optimizer_bytes=optimizer,
         activations_bytes=kept,

@@ -124,9 +124,9 @@ def tiny_llama(dtype: torch.dtype, layers: int) -> AutoModelForCausalLM:
     return model
 
 
-def kept_by_autograd(config: TrainConfig, dtype: torch.dtype, *, layers: int, tokens: int, packed: bool) -> int:
+def kept_by_autograd(model: AutoModelForCausalLM, config: TrainConfig, *, tokens: int, packed: bool) -> int:
     """Bytes of the distinct tensors that one forward pass saves, apart from the model's own."""
-    model = add_adapter(tiny_llama(dtype, layers), config, base_name="x").train()
+    dtype, model = model.dtype, add_adapter(model, config, base_name="x").train()
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,11 +151,22 @@ def kept_by_autograd(config: TrainConfig, dtype: torch.dtype, *, layers: int, to
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_layer_of_transformers_keeps_what_autograd_saves(dtype, packed, changed):
     config, tokens = TrainConfig(method="lora", rank=8, **changed), 256
-    found = [kept_by_autograd(config, dtype, layers=layers, tokens=tokens, packed=packed) for layers in (2, 3)]
+    found = [kept_by_autograd(tiny_llama(dtype, n), config, tokens=tokens, packed=packed) for n in (2, 3)]
     shape = shape_of(tiny_llama(dtype, 2).config)
     sizes = shape, config, targeted_layers(shape, config), tokens, 1.0, dtype.itemsize
     expected = plain_pass(*sizes, masked=tokens if packed else 0, is_gpu=False)
     assert expected.layer == pytest.approx(found[1] - found[0], rel=0.03)
+
+
+def test_a_layer_in_4_bits_keeps_what_autograd_saves(tmp_path):
+    config, tokens, found = TrainConfig(method="qlora", rank=8), 256, []
+    for layers in (2, 3):
+        tiny_llama(torch.bfloat16, layers).save_pretrained(tmp_path / str(layers))
+        model = load_base(tmp_path / str(layers), config, device=CPU, dtype="bf16")
+        found.append(kept_by_autograd(model, config, tokens=tokens, packed=True))
+    shape = shape_of(tiny_llama(torch.bfloat16, 2).config)
+    sizes = shape, config, targeted_layers(shape, config), tokens, 1.0, 2
+    assert plain_pass(*sizes, masked=tokens, is_gpu=False).layer == pytest.approx(found[1] - found[0], rel=0.03)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -174,12 +185,15 @@ def test_a_fused_layer_keeps_what_the_worker_keeps(name, method):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in vars(kept).values() if torch.is_tensor(t)}
     expected = fused_pass(shape, config, targeted_layers(shape, config), tokens, 1.0, 2)
     assert expected.layer - 4 * tokens * shape.attention_heads == sum(s.nbytes() for s in storages.values())
-    scratch = max((p.scratch.numel() * 2 for p in (fused.layers[0].qkv,) if p.held is None), default=0)
-    assert expected.buffers == scratch
-    copies = fused.adapters.copies.numel() * 2
-    copies += sum(part.numel() * 2 for part in (fused.held_copies[0] if fused.held_copies else []))
-    trained = targeted_layers(shape, config)
-    assert adapter_bytes(trained, config, 2, fused=True) == fused.adapters.weights.numel() * 4 + copies
+    # Of 4-bit layers one scratch tensor for all; 16-bit ones have their adapters beside them.
+    projections = [p for layer in fused.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    if method == "qlora":
+        assert (expected.buffers, expected.copies) == (projections[0].whole.untyped_storage().nbytes(), 0)
+    else:
+        beside = sum(p.whole.numel() - p.outputs * p.inputs for p in projections)
+        assert (expected.buffers, expected.copies) == (0, 2 * beside)
+    held = fused.adapters.weights.numel() * 4 + fused.adapters.copies.numel() * 2
+    assert adapter_bytes(targeted_layers(shape, config), config, 2, fused=True) == held
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
