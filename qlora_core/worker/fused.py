@@ -216,10 +216,11 @@ class FusedLayer:
         activated, of_reduced = self.down.backward(gradient, kept.down_reduced, seed=seeds[3])
         kernels.swiglu_backward_(kept.gate_up[:, : self.gate_up.outputs], activated)
         self.down.learn(of_reduced, activated, seed=seeds[3])
-        del activated
+        del activated, of_reduced
         of_normed, of_reduced = self.gate_up.backward(kept.gate_up, kept.gate_up_reduced, seed=seeds[2])
         kept.gate_up = None
         self.backward_of_norm(residual, of_normed, kept.middle, 1, self.gate_up, of_reduced, seeds[2])
+        del of_normed, of_reduced  # a view of gate and up
 
         of_attention, of_reduced = self.o.backward(gradient, kept.o_reduced, seed=seeds[1])
         self.o.learn(of_reduced, kept.attention.flatten(1), seed=seeds[1])

@@ -217,17 +217,16 @@ class Projection:
         self, gradient: torch.Tensor, reduced: torch.Tensor, *, seed: int | None, wanted: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(gradient of x where it is wanted, gradient of x·A^T); B's gradient is added to. `gradient` is [tokens, outputs + ranks
-        or more], of the outputs, and written over beside them."""
+        or more], of the outputs; the gradient of x·A^T is written beside them, and is a view of it."""
         outputs, room = gradient[:, : self.outputs], gradient[:, self.outputs : self.shape[0]]
         self.fill(with_a=True)
-        of_reduced = outputs @ self.of_b
+        of_reduced = torch.mm(outputs, self.of_b, out=room)
         for columns, ranks, b, b_gradient in self.pieces:
             if b is not None:
                 add_product_(b_gradient, outputs[:, columns].T, reduced[:, ranks], self.adapters.scale)
         if not wanted:
             return None, of_reduced
         if seed is None or not self.dropout or self.a is None:
-            room.copy_(of_reduced)
             return gradient[:, : self.shape[0]] @ self.left, of_reduced
         of_x = outputs @ self.left[: self.outputs]
         kernels.dropout(of_reduced[:, : self.ranks] @ self.a, self.dropout, seed, onto=of_x)
