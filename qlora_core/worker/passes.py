@@ -59,21 +59,29 @@ class Passes:
         problem = self.why_not_fused()
         if problem:
             return None, f"transformers' layers: {problem}"
-        built = fused.FusedModel(
-            self.model,
-            dropout=self.config.lora_dropout,
-            dtype=hardware.DTYPES[self.dtype],
-            full_length=self.config.max_seq_length,
-        )
         pair = quartile_pair(rows, most=PROOF_TOKENS)
         alone = [make_pass([row], packed=True, device=self.device) for row in pair]
-        with self.accelerator.autocast():
-            holds, seen = fused.proof(built, self.model, alone, make_pass(pair, packed=True, device=self.device))
-        if not holds:
-            for parameter in loading.trainable_parameters(self.model):
-                parameter.grad = None
-            return None, f"transformers' layers: {seen}"
-        return built, f"fused: {len(built.layers)} decoder layers; {seen}"
+        try:
+            built = fused.FusedModel(
+                self.model,
+                dropout=self.config.lora_dropout,
+                dtype=hardware.DTYPES[self.dtype],
+                full_length=self.config.max_seq_length,
+            )
+            with self.accelerator.autocast():
+                holds, seen = fused.proof(built, self.model, alone, make_pass(pair, packed=True, device=self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever Triton, its C compiler or a driver raise: transformers' layers need none
+            holds, seen = (
+                False,
+                f"fused ones do not run here ({type(error).__name__}: {(str(error).splitlines() or [''])[-1]})",
+            )
+        if holds:
+            return built, f"fused: {len(built.layers)} decoder layers; {seen}"
+        for parameter in loading.trainable_parameters(self.model):
+            parameter.grad = None
+        return None, f"transformers' layers: {seen}"
 
     def why_not_fused(self) -> str | None:
         config = self.config
@@ -89,6 +97,8 @@ class Passes:
             return f"fused ones compute in bf16, this run in {self.dtype}"
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] < 8:
             return "this GPU is older than FlashAttention needs (compute capability 8.0)"
+        if self.device.type == "cuda" and devices.c_compiler() is None:
+            return "there is no C compiler here (install gcc), which Triton needs"
         return fused.problem_with(self.model.get_base_model())
 
     def plan_memory(self, rows: Sequence[Row]) -> None:
