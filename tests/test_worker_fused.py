@@ -236,13 +236,13 @@ def test_what_a_config_changes_reaches_the_gradients(architecture: str, values: 
 
 
 def own_folder(folder: Path, architecture: str, **values: Any) -> Path:
-    """A random model of a config of its own; biases too are random."""
+    """A random model of a config of its own; biases too are random. bf16 holds all its numbers."""
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, "pad_token_id": 0, "head_dim": 16, **SHAPES["llama"]}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**(shape | values)), dtype=torch.float32)
     randomise(model, ("proj.weight",), around=0, spread=0.08, seed=3)
     randomise(model, ("proj.bias",), around=0, spread=0.1, seed=4)
-    model.save_pretrained(folder)
+    model.bfloat16().float().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -763,12 +763,18 @@ def test_4_bit_weights_below_each_other_with_b_beside_them(kind: str, nested: bo
 
 
 def four_bit_weights(
-    *, kind: str, nested: bool, outputs: tuple[int, ...] = (24, 32), inputs: int = 128, device: str = "cpu"
+    *,
+    kind: str,
+    nested: bool,
+    outputs: tuple[int, ...] = (24, 32),
+    inputs: int = 128,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> list[Any]:
-    layers = [nn.Linear(inputs, size, bias=False) for size in outputs]
+    layers = [nn.Linear(inputs, size, bias=False, dtype=dtype) for size in outputs]
     weights = []
     for number, layer in enumerate(layers):
-        layer.weight.data = numbers(*layer.weight.shape, seed=number) * (number + 1)
+        layer.weight.data = (numbers(*layer.weight.shape, seed=number) * (number + 1)).to(dtype)
         made = Linear4bit(inputs, len(layer.weight), bias=False, quant_type=kind, compress_statistics=nested)
         made.load_state_dict(layer.state_dict())
         weights.append(made.to(device).weight)
