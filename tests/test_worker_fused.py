@@ -771,11 +771,7 @@ def four_bit_weights(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Any]:
-    layers = [nn.Linear(inputs, size, bias=False, dtype=dtype) for size in outputs]
-    weights = []
+    layers = [Linear4bit(inputs, size, bias=False, quant_type=kind, compress_statistics=nested) for size in outputs]
     for number, layer in enumerate(layers):
         layer.weight.data = (numbers(*layer.weight.shape, seed=number) * (number + 1)).to(dtype)
-        made = Linear4bit(inputs, len(layer.weight), bias=False, quant_type=kind, compress_statistics=nested)
-        made.load_state_dict(layer.state_dict())
-        weights.append(made.to(device).weight)
-    return weights
+    return [layer.to(device).weight for layer in layers]  # quantised on the way
