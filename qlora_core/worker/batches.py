@@ -164,12 +164,15 @@ def loss_sum(model: Any, batch: Pass) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-def quartile_pair(rows: Sequence[Row], *, most: int | None = None) -> tuple[Row, Row]:
-    """Two rows of usual length for a proof, every token supervised, of at most `most` tokens each."""
+def proof_pair(rows: Sequence[Row], *, compared: int) -> tuple[Row, Row]:
+    """The longest row and one of usual length, of which the last `compared` tokens are supervised: whatever a model does with
+    far positions or a window shows there."""
     ordered = sorted(rows, key=lambda row: len(row.token_ids))
-    pair = [ordered[len(ordered) // 4], ordered[len(ordered) // 4 - 1]]
-    cut = [(row.line, row.token_ids[:most]) for row in pair]
-    first, second = (Row(line, ids, (True,) * len(ids)) for line, ids in cut)
+    lengths = [(row, len(row.token_ids)) for row in (ordered[-1], ordered[len(ordered) // 4])]
+    first, second = (
+        Row(row.line, row.token_ids, tuple(place >= length - compared for place in range(length)))
+        for row, length in lengths
+    )
     return first, second
 
 
@@ -184,7 +187,9 @@ def packing_proof(model: Any, rows: Sequence[Row], *, device: torch.device) -> t
     accepted = set(inspect.signature(model.get_base_model().forward).parameters)
     if "position_ids" not in accepted:
         return False, "padded: the architecture takes no position ids"
-    first, second = quartile_pair(rows)
+    ordered = sorted(rows, key=lambda row: len(row.token_ids))
+    pair = [ordered[len(ordered) // 4], ordered[len(ordered) // 4 - 1]]
+    first, second = (Row(row.line, row.token_ids, (True,) * len(row.token_ids)) for row in pair)
     known = sorted({*first.token_ids, *second.token_ids})
     following = dict(zip(known, [*known[1:], known[0]], strict=True))
     other = replace(first, token_ids=tuple(following[token] for token in first.token_ids))

@@ -32,7 +32,7 @@ def problem_with(model: Any) -> str | None:
     }:  # fmt: skip
         return f"{type(model).__name__} is not built like Llama"
     head = getattr(model, "lm_head", None)
-    if not _is_linear(head) or getattr(head, "bias", None) is not None:
+    if type(head) is not nn.Linear or head.bias is not None:
         return "its head has a bias or an adapter"
     for layer in base.layers:
         names = {name for name, _ in layer.named_children()}
@@ -46,6 +46,10 @@ def problem_with(model: Any) -> str | None:
                 return f"its {type(part).__name__} holds other layers than linear ones of 4 or 16 bits"
         if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(layer.mlp.act_fn).__name__}"
+    if type(base.embed_tokens) is not nn.Embedding:
+        return f"its embedding is a {type(base.embed_tokens).__name__}"
+    if any(_dropouts(part) for layer in base.layers for part in (layer, layer.self_attn, layer.mlp)):
+        return "it has a dropout of its own"
     if not all(hasattr(norm, "variance_epsilon") for norm in _norms(base)):
         return "its norms are no plain RMSNorm"
     width = base.layers[0].self_attn.head_dim
@@ -59,6 +63,11 @@ def _is_linear(module: Any) -> bool:
 
     base = getattr(module, "base_layer", module)
     return type(base) in (nn.Linear, Linear4bit)
+
+
+def _dropouts(module: nn.Module) -> list[str]:
+    """Shares of dropout that are set in a module itself, as attention has them."""
+    return [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float) and value]
 
 
 def _norms(base: Any) -> list[Any]:
@@ -121,8 +130,9 @@ class FusedLayer:
         self.qkv, self.o, self.gate_up, self.down = (project(*group) for group in _groups(layer))
         self.width = attention.head_dim
         self.heads, self.kv_heads = self.qkv.sizes[0] // self.width, self.qkv.sizes[1] // self.width
-        own = hasattr(attention, "sliding_window")
-        window = attention.sliding_window if own else getattr(config, "sliding_window", None)
+        # Most tell it layer by layer; Mistral reads its config, where others have it and do not heed it.
+        of_config = config.sliding_window if config.model_type == "mistral" else None
+        window = getattr(attention, "sliding_window", of_config)
         self.how = {"scale": attention.scaling, "window": window}
 
     def seeds(self, position: Position) -> list[int | None]:

@@ -88,10 +88,16 @@ def limit_memory(config: TrainConfig, device: torch.device) -> None:
 def usable_bytes(device: torch.device) -> int:
     """Memory that this process may fill, with what it has filled already and its context: free and its own."""
     if device.type != "cuda":
-        return devices.host_memory().available_bytes
+        return devices.host_memory().available_bytes + own_bytes()
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return round(min(free + torch.cuda.memory_reserved(device), allowed)) + CONTEXT_BYTES
+
+
+def own_bytes() -> int:
+    """Host memory that this process holds already."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 class MemoryMeter:

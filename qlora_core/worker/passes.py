@@ -12,14 +12,14 @@ from qlora_core.config import TrainConfig
 from qlora_core.errors import TrainingError
 from qlora_core.worker import fused, hardware, loading
 from qlora_core.worker.architecture import shape_of
-from qlora_core.worker.batches import Pass, Row, loss_sum, make_pass, packing_proof, plan_passes, quartile_pair
+from qlora_core.worker.batches import Pass, Row, loss_sum, make_pass, packing_proof, plan_passes, proof_pair
 
 # Compiling the layers costs about a minute, an eager step of a large model about half a second more than a compiled one.
 COMPILE_FROM_STEPS = 300
 # Where fused layers are used. On a CPU they compute the same, and no faster.
 FUSED_DEVICES = ("cuda",)
 MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
-PROOF_TOKENS = 128
+PROOF_TOKENS = 64
 
 
 class Passes:
@@ -59,7 +59,7 @@ class Passes:
         problem = self.why_not_fused()
         if problem:
             return None, f"transformers' layers: {problem}"
-        pair = quartile_pair(rows, most=PROOF_TOKENS)
+        pair = proof_pair(rows, compared=PROOF_TOKENS)
         alone = [make_pass([row], packed=True, device=self.device) for row in pair]
         try:
             built = fused.FusedModel(
@@ -73,10 +73,8 @@ class Passes:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever Triton, its C compiler or a driver raise: transformers' layers need none
-            holds, seen = (
-                False,
-                f"fused ones do not run here ({type(error).__name__}: {(str(error).splitlines() or [''])[-1]})",
-            )
+            said = str(error).strip().splitlines() or [""]
+            holds, seen = False, f"fused ones do not run here ({type(error).__name__}: {said[-1]})"
         if holds:
             return built, f"fused: {len(built.layers)} decoder layers; {seen}"
         for parameter in loading.trainable_parameters(self.model):

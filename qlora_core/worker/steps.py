@@ -180,7 +180,8 @@ class Stepper:
         else:  # saved by fused layers and resumed without them, on another device, or the other way round
             text = "the optimizer's averages begin anew: they were saved by layers of the other kind"
             self.say(events.Note(text=f"{text} ({'not ' if self.passes.fused else ''}fused)"))
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.scheduler._step_count = state["scheduler"]["_step_count"]
         # A run that is continued for more steps goes on where the longer schedule is by now, not where the shorter ended.
         schedule = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         for group, rate, share in schedule:
