@@ -16,7 +16,7 @@ MIB, GIB = 1024**2, 1024**3
 
 # Of a GPU: what cuBLAS holds in torch's pool; the driver's context with its kernels, and what the pool cannot fill.
 CUBLAS_BYTES = 32 * MIB
-CONTEXT_BYTES, FRAGMENTED = 600 * MIB, 0.05
+CONTEXT_BYTES, FRAGMENTED = 600 * MIB, 0.1
 # Of a CPU: the worker with its libraries before a model is loaded; and of what all layers keep, the share that stays with the
 # process for good, in oneDNN's scratchpads and the heap (set by 16 measured runs of three shapes, all within 15 %).
 LIBRARIES_BYTES, HELD_BACK = 470 * MIB, 0.5

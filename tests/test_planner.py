@@ -185,10 +185,10 @@ def test_a_budget_that_a_person_sets_counts_and_is_named():
 
 
 def test_slower_steps_are_told_with_the_way_around_them():
-    finding = only(on_a_card(20))
-    assert finding.severity == NOTE and "28 of 32 layers" in finding.why
+    finding = only(on_a_card(21))
+    assert finding.severity == NOTE and "25 of 32 layers" in finding.why
     assert finding.remedy == {"method": "qlora"}
-    assert findings(replace(on_a_card(20), config=settings.replace(on_a_card(20).config, **finding.remedy))) == []
+    assert findings(replace(on_a_card(21), config=settings.replace(on_a_card(21).config, **finding.remedy))) == []
     assert only(on_a_card(10, method="qlora")).remedy == {}
 
 

@@ -442,15 +442,15 @@ def assert_same_run(run: Run, expected: Run) -> None:
 
 
 REFUSED = {
-    "GPT-2": ({"base_model": "gpt2"}, "GPT2LMHeadModel is not built like Llama"),
-    "Gemma 2": ({"base_model": "gemma2"}, "its layers hold .*pre_feedforward_layernorm"),
+    "GPT-2": ({"base_model": "gpt2"}, "fused ones are proven for LlamaForCausalLM.*not for GPT2LMHeadModel"),
+    "Gemma 2": ({"base_model": "gemma2"}, "fused ones are proven for .*not for Gemma2ForCausalLM"),
     "DoRA": ({"use_dora": True}, "fused ones know no DoRA"),
     "QLoRA with DoRA": ({"use_dora": True, "method": "qlora"}, "fused ones know no DoRA"),
     "padding": ({"packing": "off"}, "fused ones always pack, and packing is off"),
     "turned off": ({"fused_layers": "off"}, "fused_layers is off"),
     "an adapter of the head": (
         {"base_model": "untied", "target_modules": ("q_proj", "lm_head")},
-        "its head has a bias or an adapter",
+        "its head has a bias, or head or embedding an adapter",
     ),
 }
 
@@ -621,7 +621,7 @@ def test_a_run_may_be_resumed_with_the_other_layers(before: str, after: str, cas
     run.change_config(replace(run.config(), fused_layers=after))
     train_here(run)
     assert said(run, events.Resumed)[0].from_step == 3
-    assert losses(run) == pytest.approx(losses(whole), abs=1e-2)
+    assert losses(run) == pytest.approx(losses(whole), abs=5e-2)  # AdamW's averages may begin anew
     assert losses(run)[3] == pytest.approx(losses(whole)[3], abs=1e-5), "of the adapter that was saved"
     rates = [step.learning_rate for step in said(run, events.Step)]
     assert rates == pytest.approx([step.learning_rate for step in said(whole, events.Step)])

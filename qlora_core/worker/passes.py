@@ -239,8 +239,9 @@ class Passes:
             self.token_budget = max(length, min(self.token_budget, sum(len(r.token_ids) for r in rows)) // 2)
             text = f"passes of at most {self.token_budget} tokens from here on"
         elif self.checkpointed_layers < max(1, layers):
-            self.keep_activations(max(1, layers), offloaded=False)
-            text = "with one row a pass: activation checkpointing is on from here on"
+            more = min(max(1, layers), self.checkpointed_layers + max(1, layers // 4))
+            self.keep_activations(more, offloaded=False)
+            text = f"with one row a pass: the activations of {more} of {layers} layers are recomputed from here on"
         elif not self.offloaded and self.device.type == "cuda":
             self.keep_activations(self.checkpointed_layers, offloaded=True)
             text = "with one row a pass: what is kept of the layers lies in host memory from here on"

@@ -201,6 +201,7 @@ def dequantize(joined: Packed, out: torch.Tensor, b: torch.Tensor | None) -> Non
         state.code if b is None else b, 0 if b is None else b.shape[1], ranks,
         NESTED=joined.nested, LAYERS=len(joined.weights), RANKS=triton.next_power_of_2(ranks) if ranks else 0,
         BLOCKS=BLOCKS, BLOCK=state.blocksize,
+        enable_fp_fusion=False,  # bitsandbytes rounds between product and sum; one rounding less would be another weight
     )  # fmt: skip
 
 
