@@ -38,7 +38,7 @@ from qlora_core import events
 from qlora_core.config import TrainConfig, replace
 from qlora_core.run_status import FINISHED
 from qlora_core.runs import Run
-from qlora_core.worker import fused, hardware, kernels, loading, passes
+from qlora_core.worker import fused, fused_layer, hardware, kernels, loading, passes
 from qlora_core.worker.batches import Pass, Row, forward_logits, loss_sum, make_pass
 from qlora_core.worker.packed import Packed
 from qlora_core.worker.projections import Projection
@@ -342,7 +342,7 @@ def test_the_share_that_is_dropped_is_the_one_asked_for_and_the_rest_makes_up_fo
 def test_every_layer_place_step_and_pass_drops_others() -> None:
     made, seen = model_that_drops(), []
     for seed in (42, 43, 42 + 65_537):
-        position = fused.Position(None, None, None, seed)
+        position = fused_layer.Position(None, None, None, seed)
         seen += [seed for layer in made.layers for seed in layer.seeds(position)]
     assert len(seen) == len(set(seen)) == 3 * 2 * 4
 
@@ -389,7 +389,7 @@ def no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_head_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "HEAD_NORMS", ())
+    monkeypatch.setattr(fused_layer, "HEAD_NORMS", ())
     monkeypatch.setattr(fused, "problem_with", lambda model: None)
 
 
@@ -442,7 +442,7 @@ def assert_same_run(run: Run, expected: Run) -> None:
 
 
 REFUSED = {
-    "GPT-2": ({"base_model": "gpt2"}, "fused ones are proven for LlamaForCausalLM.*not for GPT2LMHeadModel"),
+    "GPT-2": ({"base_model": "gpt2"}, "fused ones are proven for Llama, Mistral.*not for GPT2LMHeadModel"),
     "Gemma 2": ({"base_model": "gemma2"}, "fused ones are proven for .*not for Gemma2ForCausalLM"),
     "DoRA": ({"use_dora": True}, "fused ones know no DoRA"),
     "QLoRA with DoRA": ({"use_dora": True, "method": "qlora"}, "fused ones know no DoRA"),
