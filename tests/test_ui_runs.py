@@ -30,7 +30,12 @@ RESULT: dict[str, Any] = {
         "device": "CPU",
         "compute_dtype": "fp32",
         "config": {"optimizer": "adamw_8bit"},
-        "path": {"packed": "padded: packing is off", "compiled": "eager: compile is off"},
+        "path": {
+            "layers": "transformers' layers: on a CPU",
+            "packed": "padded: packing is off",
+            "compiled": "eager: compile is off",
+            "memory": "passes of up to 1,024 tokens, nothing is recomputed",
+        },
         "base_model": {"weights_sha256": "a"},
         "packages": {"peft": "0.21.2"},
     },
@@ -168,7 +173,7 @@ def test_the_table_shows_the_variant(settings, tmp_path, changed, chips):
 def test_the_result_tells_path_optimizer_and_whose_step_the_adapter_is(tmp_path):
     run = finished(tmp_path, "best")
     shown = result_html(run, run.status())
-    assert all(text in shown for text in ("padded, eager", "adamw_8bit", "8,192")) and "The adapter is" not in shown
+    assert all(text in shown for text in ("transformers&#x27; layers, padded, eager", "adamw_8bit", "8,192")) and "The adapter is" not in shown
     (run.path / "result.json").write_text(
         json.dumps(RESULT | {"train_info": RESULT["train_info"] | {"adapter_step": 3}})
     )

@@ -27,8 +27,8 @@ def result_html(run: Run, status: RunStatus) -> str:
     pairs += [("adapter", size(info["adapter_bytes"])), ("trainable weights", f"{info['trainable_parameters']:,}")]
     if not run.combination():
         # Each of both is "word: why"; the log has the reasons.
-        path = ", ".join(ran["path"][name].partition(":")[0] for name in ("packed", "compiled"))
-        pairs += [("path", path), ("optimizer", ran["config"]["optimizer"])]
+        path = ", ".join(ran["path"][name].partition(":")[0] for name in ("layers", "packed", "compiled"))
+        pairs += [("path", path), ("memory plan", ran["path"]["memory"]), ("optimizer", ran["config"]["optimizer"])]
     pairs += _loss_pairs(info)
     return (
         f'<div class="lab-card"><h3>Result</h3>{facts(pairs)}<p class="lab-hint" style="margin-top:10px">'
