@@ -278,6 +278,20 @@ def test_what_an_optimizer_or_a_checkpoint_writes_is_what_the_next_pass_computes
     assert by_hand(made, rows)[0] == before
 
 
+@pytest.mark.parametrize("unquantised", [None, "q_proj"])
+def test_what_lay_in_the_scratch_tensor_before_is_not_multiplied_with(unquantised: str | None) -> None:
+    """Its memory is not cleared: 0 x nan, in columns that only fill up a rank of 3 x 3 to 16, would be nan."""
+    model, rows = model_with_adapter(method="qlora", rank=3, unquantised=unquantised), rows_of_lengths([20, 30])
+    made = fused_model(model)
+    expected_loss, expected = by_hand(made, rows)
+    for layer in made.layers:
+        layer.down.whole.fill_(float("nan"))
+        layer.gate_up.whole.fill_(float("nan"))
+    loss, found = by_hand(made, rows)
+    assert loss == expected_loss
+    assert_same_gradients(found, expected)
+
+
 def plain_loss(model: Any, rows: list[Row]) -> float:
     with torch.no_grad():
         return sum(loss_sum(model, pass_of([row])).item() for row in rows) / supervised_in(rows)
@@ -345,6 +359,18 @@ def test_every_layer_place_step_and_pass_drops_others() -> None:
         position = fused_layer.Position(None, None, None, seed)
         seen += [seed for layer in made.layers for seed in layer.seeds(position)]
     assert len(seen) == len(set(seen)) == 3 * 2 * 4
+
+
+def test_the_passes_of_a_run_drop_others_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, whole = [], fused.FusedModel.backward
+
+    def backward(self: fused.FusedModel, batch: Pass, *, supervised: int, seed: int) -> torch.Tensor:
+        seeds.append(seed)
+        return whole(self, batch, supervised=supervised, seed=seed)
+
+    monkeypatch.setattr(fused.FusedModel, "backward", backward)
+    train_here(make_run(tmp_path, token_budget=8, rows_per_step=4, max_steps=3, lora_dropout=DROPOUT))
+    assert len(seeds[-12:]) == len(set(seeds[-12:])) == 12  # before them, the warm-up
 
 
 def test_nothing_is_dropped_in_an_evaluation() -> None:
@@ -625,6 +651,22 @@ def test_a_run_may_be_resumed_with_the_other_layers(before: str, after: str, cas
     assert losses(run)[3] == pytest.approx(losses(whole)[3], abs=1e-5), "of the adapter that was saved"
     rates = [step.learning_rate for step in said(run, events.Step)]
     assert rates == pytest.approx([step.learning_rate for step in said(whole, events.Step)])
+
+
+@pytest.mark.parametrize(("asked", "layers"), [("none", set()), ("full", {0, 1})])
+def test_layers_are_computed_again_where_asked(
+    asked: str, layers: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, whole = set(), fused.FusedLayer.forward
+
+    def forward(self: fused.FusedLayer, x: torch.Tensor, position: Any, *, again: bool = False) -> Any:
+        seen.update({self.number} if again else set())
+        return whole(self, x, position, again=again)
+
+    monkeypatch.setattr(fused.FusedLayer, "forward", forward)
+    run = train_here(make_run(tmp_path, max_steps=1, activation_checkpointing=asked))
+    assert seen == layers
+    assert said(run, events.Started)[0].checkpointed_layers == len(layers)
 
 
 def test_noise_on_the_embeddings_is_bounded_by_each_rows_own_length(tmp_path: Path) -> None:
