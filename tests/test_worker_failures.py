@@ -81,7 +81,10 @@ def test_then_activation_checkpointing_is_switched_on(
     run = make_run(tmp_path, **VALUES)
     monkeypatch.setattr(passes, "loss_sum", memory_for(20, checkpointed=10_000, calls=[]))
     train_here(run)
-    assert notes(run)[-1] == "out of memory with one row a pass: the activations of 1 of 2 layers are recomputed from here on"
+    assert (
+        notes(run)[-1]
+        == "out of memory with one row a pass: the activations of 1 of 2 layers are recomputed from here on"
+    )
     assert_same_within_float_error(run, undisturbed)
 
 
