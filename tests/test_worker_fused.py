@@ -510,6 +510,17 @@ def test_on_a_cpu_layers_are_not_fused_unasked(tmp_path: Path, monkeypatch: pyte
     assert said(run, events.Started)[0].fused_reason == "transformers' layers: on a CPU, fused ones are no faster"
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_follow_the_longest_row_are_refused(rope_type: str, tmp_path: Path) -> None:
+    factors = {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8, "original_max_position_embeddings": 140}
+    parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0} | (
+        factors if rope_type == "longrope" else {}
+    )
+    base = own_folder(tmp_path / "base", "llama", rope_parameters=parameters)
+    run = train_here(make_run(tmp_path, base_model=str(base), max_steps=1))
+    assert "follow the longest row of a pass" in said(run, events.Started)[0].fused_reason
+
+
 # Built like Llama, module for module; what of it computes otherwise, the proof alone can see.
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "CWM": ("cwm", {}),

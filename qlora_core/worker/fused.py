@@ -28,6 +28,8 @@ def problem_with(model: Any) -> str | None:
     base, head = model.model, model.lm_head
     if type(head) is not nn.Linear or head.bias is not None or type(base.embed_tokens) is not nn.Embedding:
         return "its head has a bias, or head or embedding an adapter"
+    if getattr(base.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        return "its rotary frequencies follow the longest row of a pass, so rows that share one would change each other"
     for layer in base.layers:
         attention, mlp = layer.self_attn, layer.mlp
         if not all(_is_linear(linear) for group in groups_of(layer) for linear in group):
