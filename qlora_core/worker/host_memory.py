@@ -13,13 +13,14 @@ class HostMemory:
     def __init__(self, device: torch.device) -> None:
         self.copying = torch.cuda.Stream(device)
         self.places: dict[int, torch.Tensor] = {}
-        self.like: torch.Tensor | None = None
+        self.device, self.shape = device, torch.Size()
         self.leaving: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self.coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
 
     def begin(self, like: torch.Tensor) -> None:
-        """Forget what a pass that ran out of memory has left."""
-        self.like, self.leaving, self.coming = like, [], {}
+        """For inputs of this shape; forget what a pass that ran out of memory has left, once it has arrived."""
+        torch.cuda.current_stream().wait_stream(self.copying)
+        self.shape, self.leaving, self.coming = like.shape, [], {}
 
     def put(self, number: int, x: torch.Tensor) -> None:
         if number not in self.places or self.places[number].numel() < x.numel():
@@ -43,7 +44,7 @@ class HostMemory:
         return x
 
     def _send_for(self, number: int) -> None:
-        x = torch.empty_like(self.like)
+        x = torch.empty(self.shape, dtype=self.places[number].dtype, device=self.device)
         self.copying.wait_stream(torch.cuda.current_stream())  # what was in this memory before has been read
         with torch.cuda.stream(self.copying):
             x.copy_(self.places[number][: x.numel()].view_as(x), non_blocking=True)
