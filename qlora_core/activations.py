@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from qlora_core.config import TrainConfig
 from qlora_core.targets import Architecture, Layer
 
-# Of the fused layers: bytes of logits that are made at a time, and what the columns for adapters are a multiple of.
+# Of the fused layers, which take both from here. Logits of so many bytes are made at once: enough to fill a GPU, little beside
+# the layers. Columns for adapters are a multiple of 8: rows that FlashAttention and the tensor cores read begin at multiples of
+# 16 bytes.
 LOGITS_BYTES, ALIGNED = 2**28, 8
 # Their query and key have norms of their own, which keep what they read.
 HEAD_NORMED = ("qwen3",)

@@ -128,17 +128,13 @@ def _print(found: dict[str, Any]) -> None:
     if found["host_bytes"]:
         _line("host", found["host_bytes"], "in host memory instead")
     needed, usable = (found[name] / GIB for name in ("needed_bytes", "usable_bytes"))
-    if found["fits"]:
-        print(
-            f"Fits: {needed:.2f} GiB of the {usable:.2f} that may be used. {found['reason'][0].upper()}{found['reason'][1:]}."
-        )
-    else:
-        print(f"{found['reason'][0].upper()}{found['reason'][1:]}.")
+    fits = f"Fits: {needed:.2f} GiB of the {usable:.2f} that may be used. " if found["fits"] else ""
+    print(f"{fits}{found['reason'][0].upper()}{found['reason'][1:]}.")
     if found["largest_rank"]:
         enough = f"; {found['rank_for_rows']} is enough for these rows" if found["rank_for_rows"] else ""
         print(f"Highest rank that fits: {found['largest_rank']}{enough}.")
     print("For comparison, without activations and logits:")
-    thumb = "0.52p + 24krd" if found["method"] == "qlora" else "2p + 24krd"
+    thumb = fitting.rule_of_thumb(found["method"])
     others = found["for_comparison"]
     _line(
         "rule of thumb",

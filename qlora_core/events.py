@@ -64,16 +64,15 @@ class Started(Event):
     memory_reason: str
     # What the plan expects: peak allocated on a GPU, peak host memory on a CPU.
     estimated_peak_bytes: int
+    load_peak_host_bytes: int | None
+    load_peak_allocated_bytes: int | None
+    # Lines of the evaluation rows that were left out: of the file named in eval_data, else of the same file.
+    eval_rows_left_out: tuple[int, ...] = ()
 
     @property
     def path(self) -> tuple[str, ...]:
         """Which way through the code was taken, and why."""
         return self.fused_reason, self.packed_reason, self.compiled_reason, self.memory_reason
-
-    load_peak_host_bytes: int | None
-    load_peak_allocated_bytes: int | None
-    # Lines of the evaluation rows that were left out: of the file named in eval_data, else of the same file.
-    eval_rows_left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

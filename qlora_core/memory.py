@@ -1,6 +1,5 @@
 """(Shape, settings, plan of the passes, row lengths) -> peak memory, part by part, in bytes. Loads nothing; knows no torch."""
 
-import random
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from qlora_core import targets
 from qlora_core.activations import PassBytes, fused_pass, plain_pass
 from qlora_core.config import TrainConfig
 from qlora_core.footprint import adapter_bytes, optimizer_bytes, targeted_layers, weight_bytes
+from qlora_core.row_order import DRAWN_STEPS, step_rows, steps_per_epoch
 from qlora_core.targets import Architecture
 
 MIB, GIB = 1024**2, 1024**3
@@ -22,8 +22,7 @@ CONTEXT_BYTES, FRAGMENTED = 600 * MIB, 0.1
 LIBRARIES_BYTES, HELD_BACK = 470 * MIB, 0.5
 # A pass of at least so many tokens keeps the device busy, (most, least) that are chosen: on a GPU, on a CPU.
 PASS_TOKENS = {True: (8192, 2048), False: (1024, 256)}
-# Steps whose order is drawn to find the largest pass; later ones are drawn alike.
-DRAWN_STEPS, ALL_TOKENS = 1000, 10**12
+ALL_TOKENS = 10**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,15 +152,10 @@ def _largest_step(lengths: tuple[int, ...], rows_per_step: int, seed: int, packi
     """Tokens of the largest of the steps that are drawn, in the worker's own order where these are all its rows."""
     if len(lengths) < rows_per_step:
         return max(lengths) * rows_per_step if packing == "off" else sum(lengths)
-    largest, drawn, epoch = 0, 0, 0
-    while drawn < DRAWN_STEPS:
-        order = list(range(len(lengths)))
-        random.Random(seed * 1_000_003 + epoch).shuffle(order)
-        for begin in range(0, len(order), rows_per_step):
-            rows = [lengths[i] for i in order[begin : begin + rows_per_step]]
-            largest = max(largest, max(rows) * len(rows) if packing == "off" else sum(rows))
-            drawn += 1
-        epoch += 1
+    per_epoch, largest = steps_per_epoch(len(lengths), rows_per_step), 0
+    for step in range(-(-DRAWN_STEPS // per_epoch) * per_epoch):
+        rows = [lengths[i] for i in step_rows(len(lengths), rows_per_step, step, seed)]
+        largest = max(largest, max(rows) * len(rows) if packing == "off" else sum(rows))
     return largest
 
 

@@ -49,7 +49,6 @@ class Architecture:
     key_value_heads: int
     head_dim: int
     intermediate_size: int
-    is_tied: bool
     fusable: bool
 
     @classmethod

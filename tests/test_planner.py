@@ -50,7 +50,7 @@ def shape(hidden: int, layers: int, inner: int, vocabulary: int, key_value: int)
         model_type="llama", layers=(*body, head), parameters=quantised + 2 * vocabulary * hidden,
         quantised_parameters=quantised, vocabulary=vocabulary, hidden_size=hidden, layer_count=layers,
         attention_heads=hidden // 64, key_value_heads=key_value // 64, head_dim=64, intermediate_size=inner,
-        is_tied=False, fusable=True,
+        fusable=True,
     )  # fmt: skip
 
 

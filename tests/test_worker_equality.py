@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_core import events
 from qlora_core.errors import ModelError
+from qlora_core.row_order import step_rows
 from qlora_core.runs import Run
 from qlora_core.worker import passes, steps
-from qlora_core.worker.batches import plan_passes, step_rows
+from qlora_core.worker.batches import plan_passes
 
 # Float error, in fp32 at a learning rate of 0.01, the same bounds for every architecture and both methods. Largest differences
 # seen: a loss 1.9e-6; a weight of the adapter (up to 0.17) 1.8e-6 in 200 drawn runs with EPSILON. With AdamW's own epsilon,

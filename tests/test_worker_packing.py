@@ -13,8 +13,9 @@ from tiny_models import TARGETS, VOCABULARY, model_folder
 
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError
+from qlora_core.row_order import step_rows
 from qlora_core.worker import loading
-from qlora_core.worker.batches import Row, loss_sum, make_pass, packing_proof, plan_passes, step_rows
+from qlora_core.worker.batches import Row, loss_sum, make_pass, packing_proof, plan_passes
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(2, 200), min_size=1, max_size=60)

@@ -9,10 +9,11 @@ from tiny_models import reset_accelerate
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_core.data.stored import read_stored
+from qlora_core.row_order import step_rows
 from qlora_core.runs import Run
 from qlora_core.token_cache import make_table
 from qlora_core.tokens import load_tokenizer
-from qlora_core.worker.batches import Row, step_rows
+from qlora_core.worker.batches import Row
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 

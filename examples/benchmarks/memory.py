@@ -28,6 +28,7 @@ from qlora_core.settings import Settings  # noqa: E402
 from qlora_core.targets import Architecture  # noqa: E402
 
 STEPS, TOKEN_BUDGET = 3, 8192
+KIND = "configurations"  # what the file holds
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FITTED, HELD_OUT, SMOKE = "fitted", "held out", "smoke test"
 
@@ -137,17 +138,6 @@ def architecture_of(model_config: str) -> Architecture:
         return architecture.read(str(folder), Settings(home=Path(tempfile.gettempdir(), "qlora-lab-architectures")))
 
 
-def read(out: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(out.read_text())["configurations"] if out.exists() else {}
-
-
-def keep(out: Path, wanted: Configuration, found: dict[str, Any]) -> None:
-    partial = out.with_name(f"{out.name}.partial")
-    measured = read(out) | {wanted.key: asdict(wanted) | found}
-    partial.write_text(json.dumps({"configurations": measured}, indent=1))
-    partial.rename(out)
-
-
 def table(entries: list[dict[str, Any]]) -> str:
     """Markdown: measured and estimated peak of each, then the largest difference by role, device and versions."""
     lines = [
@@ -175,7 +165,8 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def chosen(options: argparse.Namespace) -> Iterator[Configuration]:
-    done = {key for key, entry in read(options.out).items() if not entry["failed"]} if options.missing else set()
+    before = worker_runs.read(options.out, KIND) if options.missing else {}
+    done = {key for key, entry in before.items() if not entry["failed"]}
     for wanted in CONFIGURATIONS:
         if wanted.shape in options.shapes and wanted.key not in done:
             yield wanted
@@ -195,7 +186,7 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, metavar="JSON", help="only print the table of this file")
     options = parser.parse_args()
     if options.compare:
-        print(table(list(read(options.compare).values())))
+        print(table(list(worker_runs.read(options.compare, KIND).values())))
         return
     device = worker_runs.choose_device(options.device)
     wanted = list(chosen(options))
@@ -209,10 +200,10 @@ def main() -> None:
 
     with worker_runs.device_alone(device), ThreadPoolExecutor(options.jobs) as pool:
         for one, found in pool.map(run, wanted):
-            keep(options.out, one, found)
+            worker_runs.keep(options.out, KIND, one.key, asdict(one) | found)
             said = found["failed"] or f"{peak_bytes(found) / GIB:.3f} GiB"
             print(f"{one.key}: {said} ({found.get('process_seconds', 0):.0f} s)", file=sys.stderr, flush=True)
-    print(table(list(read(options.out).values())))
+    print(table(list(worker_runs.read(options.out, KIND).values())))
 
 
 if __name__ == "__main__":

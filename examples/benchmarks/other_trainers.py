@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from qlora_core import devices
+from qlora_core.row_order import step_rows
 from qlora_core.worker import hardware
-from qlora_core.worker.batches import step_rows
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 ALSO_USED = {"trainer-liger": ("liger_kernel",), "trl": ("trl",), "unsloth": ("unsloth", "trl")}

@@ -29,6 +29,7 @@ from qlora_core.devices import GIB  # noqa: E402
 from qlora_core.settings import Settings  # noqa: E402
 
 METHODS = ("lora", "qlora")
+KIND = "cases"  # what the file holds
 # This project's own worker with these settings.
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -160,18 +161,6 @@ def summary(found: dict[str, Any], warmup: int) -> dict[str, Any]:
     }
 
 
-def read(out: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(out.read_text())["cases"] if out.exists() else {}
-
-
-def keep(out: Path, case: Case, found: dict[str, Any]) -> None:
-    """Add the measurement to the file, in place of an earlier one of the same case."""
-    cases = read(out) | {case.key: vars(case) | found | summary(found, case.warmup)}
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(json.dumps({"cases": cases}, indent=1))
-    partial.rename(out)
-
-
 def table(cases: list[dict[str, Any]]) -> str:
     """Markdown: a row a case, then on which device and versions they were measured."""
     lines = [
@@ -247,19 +236,21 @@ def main() -> None:
     with worker_runs.device_alone(device):
         worker_runs.model_in(folder, options.shape)
         for case in chosen_cases(options):
-            if options.missing and not read(options.out).get(case.key, {"failed": True})["failed"]:
+            if options.missing and not worker_runs.read(options.out, KIND).get(case.key, {"failed": True})["failed"]:
                 continue
             used = worker_runs.used_before(device)
             if used and used > BUSY_BYTES:
                 print(f"{used / GIB:.1f} GiB of the GPU are in use by others: timings mean little", file=sys.stderr)
             found = measure(case, folder, device=device, limit_seconds=options.limit) | {"used_before_bytes": used}
-            keep(options.out, case, found | {"measured_at": time.strftime("%Y-%m-%d %H:%M:%S")})
+            found |= {"measured_at": time.strftime("%Y-%m-%d %H:%M:%S")}
+            entry = vars(case) | found | summary(found, case.warmup)
+            worker_runs.keep(options.out, KIND, case.key, entry)
             print(f"{case.key}: {reason(found) if found['failed'] else 'measured'}", file=sys.stderr, flush=True)
     report(options.out)
 
 
 def report(out: Path) -> None:
-    cases = read(out)
+    cases = worker_runs.read(out, KIND)
     print(table(list(cases.values())))
     print("\n" + write_ratio_figure(cases.values(), out.with_suffix(".html")))
 

@@ -92,6 +92,18 @@ def kind(device: str) -> str:
     return queue.CPU if device == queue.CPU else "cuda"
 
 
+def read(out: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """What was measured before, by key."""
+    return json.loads(out.read_text())[kind] if out.exists() else {}
+
+
+def keep(out: Path, kind: str, key: str, entry: dict[str, Any]) -> None:
+    """Add the measurement to the file, in place of an earlier one of that key."""
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(json.dumps({kind: read(out, kind) | {key: entry}}, indent=1))
+    partial.rename(out)
+
+
 def shortened(row: dict[str, str]) -> dict[str, str]:
     return {name: " ".join(text.split()[:8]) for name, text in row.items()}
 

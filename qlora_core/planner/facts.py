@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qlora_core import targets
 from qlora_core.config import TrainConfig
 from qlora_core.data.sample import RowFacts
-from qlora_core.errors import ConfigError
+from qlora_core.footprint import targeted_layers
 from qlora_core.targets import Architecture
 
 # Rank for up to so many training rows.
@@ -42,10 +42,7 @@ class Facts:
     @property
     def targeted(self) -> list[targets.Layer]:
         """Layers with an adapter; empty where they are unknown or cannot be."""
-        try:
-            return targets.resolve(self.architecture.layers, self.config.target_modules) if self.architecture else []
-        except ConfigError:
-            return []
+        return targeted_layers(self.architecture, self.config) if self.architecture else []
 
     @property
     def trainable(self) -> int:

@@ -16,6 +16,8 @@ UNKNOWN_SHARE = 0.5
 # fp16 or bf16 weights and gradients, and Adam's two moments in fp32: how the QLoRA paper (https://arxiv.org/abs/2305.14314)
 # gets from 65B to 780 GB.
 FULL_BYTES_A_WEIGHT = 12
+# Of the rule of thumb.
+BYTES_A_WEIGHT = {"lora": 2, "qlora": 0.52}
 
 
 def usable_bytes(facts: Facts) -> int:
@@ -106,9 +108,12 @@ def full_fine_tuning_bytes(shape: Architecture) -> int:
     return FULL_BYTES_A_WEIGHT * shape.parameters
 
 
+def rule_of_thumb(method: str) -> str:
+    return f"{BYTES_A_WEIGHT[method]}p + 24krd"
+
+
 def rule_of_thumb_bytes(shape: Architecture, config: TrainConfig) -> int:
     """ "2p + 24krd" for LoRA, "0.52p + 24krd" for QLoRA: p weights, k modules of width d, rank r. Weights and optimizer states
     alone, as if every matrix were square; no activations, no logits."""
     modules = len(targeted_layers(shape, config))
-    a_weight = 0.52 if config.method == "qlora" else 2
-    return round(a_weight * shape.parameters + 24 * modules * config.rank * shape.hidden_size)
+    return round(BYTES_A_WEIGHT[config.method] * shape.parameters + 24 * modules * config.rank * shape.hidden_size)

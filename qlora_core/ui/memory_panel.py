@@ -126,7 +126,7 @@ def _rank(choice: RankChoice, facts: Facts) -> str:
 
 def _others(facts: Facts) -> str:
     """What is often asked for beside it, named for what it is."""
-    thumb = "0.52p + 24krd" if facts.config.method == "qlora" else "2p + 24krd"
+    thumb = fitting.rule_of_thumb(facts.config.method)
     rows = (
         ("Full fine-tuning", fitting.full_fine_tuning_bytes(facts.architecture), "12 bytes a weight"),
         ("Rule of thumb", fitting.rule_of_thumb_bytes(facts.architecture, facts.config), thumb),

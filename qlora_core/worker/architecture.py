@@ -38,7 +38,7 @@ def _described(config: PreTrainedConfig) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     layers = linear_layers(model)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
     return {
         "model_type": config.model_type,
         "layers": [list(asdict(layer).values()) for layer in layers],
@@ -48,8 +48,7 @@ def _described(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": embedding.shape[1],
         "layer_count": config.get_text_config().num_hidden_layers,
         **_sizes(config.get_text_config(), embedding.shape[1]),
-        "is_tied": head is not None and head.weight is model.get_input_embeddings().weight,
-        "fusable": _can_be_fused(model),
+        "fusable": problem_with(model) is None,
     }
 
 
@@ -63,10 +62,6 @@ def _sizes(config: Any, hidden: int) -> dict[str, int]:
         "head_dim": getattr(config, "head_dim", None) or hidden // heads,
         "intermediate_size": max(inner) if isinstance(inner, (list, tuple)) else inner,
     }
-
-
-def _can_be_fused(model: PreTrainedModel) -> bool:
-    return problem_with(model) is None
 
 
 def linear_layers(model: PreTrainedModel) -> list[Layer]:

@@ -1,12 +1,9 @@
 """Rows -> forward passes: which rows share a pass, the tensors of a pass, and the loss of its supervised tokens."""
 
 import inspect
-import math
-import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +32,7 @@ class Row:
 
     @property
     def supervised_tokens(self) -> int:
-        return sum(self.supervised[1:])
+        return self.supervised[1:].count(True)
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,6 @@ class Pass:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
-
-
-def step_rows(rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of the rows that optimizer step `step` (from 0) learns from: each epoch a new order made from the seed,
-    its last step smaller where the rows do not divide."""
-    per_epoch = math.ceil(rows / rows_per_step)
-    epoch, place = divmod(step, per_epoch)
-    return _epoch_order(rows, epoch, seed)[place * rows_per_step : (place + 1) * rows_per_step]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(rows: int, epoch: int, seed: int) -> list[int]:
-    order = list(range(rows))
-    random.Random(seed * 1_000_003 + epoch).shuffle(order)
-    return order
 
 
 def plan_passes(lengths: Sequence[int], token_budget: int, *, packed: bool) -> list[list[int]]:

@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qlora_core.activations import LOGITS_BYTES
 from qlora_core.worker import kernels
 from qlora_core.worker.batches import Pass, forward_logits
 from qlora_core.worker.fused_layer import FusedLayer, Position, groups_of
@@ -17,8 +18,8 @@ from qlora_core.worker.projections import Adapters, Projection
 # Architectures whose losses and adapters are tested to equal those of transformers.Trainer. Others are built alike, module for
 # module, and compute otherwise (other scales, layers without rotation), which rounding could hide from the proof.
 PROVEN = {f"{name}ForCausalLM": name for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-# Logits of so many bytes are made at once: enough to fill a GPU, little beside the layers.
-LOGITS_BYTES, ROWS = 2**28, 128
+# Logits are made for a multiple of so many tokens at a time, which tensor cores take at once.
+ROWS = 128
 
 
 def problem_with(model: Any) -> str | None:

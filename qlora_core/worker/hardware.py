@@ -96,8 +96,13 @@ def usable_bytes(device: torch.device) -> int:
 
 def own_bytes() -> int:
     """Host memory that this process holds already."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    return _of_this_process("VmRSS") or 0
+
+
+def _of_this_process(field: str) -> int | None:
+    """Bytes that the kernel tells of this process under that name."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None
 
 
 class MemoryMeter:
@@ -120,8 +125,7 @@ class MemoryMeter:
         return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
 
     def host(self) -> int | None:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else None
+        return _of_this_process("VmHWM")
 
 
 def clock(device: torch.device) -> float:

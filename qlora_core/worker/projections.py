@@ -8,11 +8,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 
+from qlora_core.activations import ALIGNED
 from qlora_core.worker import kernels
 from qlora_core.worker.packed import Packed, can_join
-
-# Rows of a matrix that FlashAttention and the tensor cores read begin at multiples of 16 bytes.
-ALIGNED = 8
 
 
 class Adapters:

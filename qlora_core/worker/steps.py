@@ -13,8 +13,9 @@ from transformers import get_scheduler
 from qlora_core import events
 from qlora_core.config import TrainConfig
 from qlora_core.errors import TrainingError
+from qlora_core.row_order import DRAWN_STEPS, step_rows, steps_per_epoch
 from qlora_core.worker import hardware
-from qlora_core.worker.batches import Row, step_rows
+from qlora_core.worker.batches import Row
 from qlora_core.worker.passes import Passes
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -44,7 +45,7 @@ class Stepper:
     ) -> None:
         self.model, self.config, self.rows, self.device, self.dtype, self.say = model, config, rows, device, dtype, say
         self.meter = hardware.MemoryMeter(device)
-        self.steps_per_epoch = math.ceil(len(rows) / config.rows_per_step)
+        self.steps_per_epoch = steps_per_epoch(len(rows), config.rows_per_step)
         self.total_steps = config.max_steps or max(1, round(self.steps_per_epoch * config.num_epochs))
         self.skipped_in_a_row = 0
         self.passes = Passes(model, config, rows, total_steps=self.total_steps, device=device, dtype=dtype, say=say)
@@ -102,7 +103,7 @@ class Stepper:
         """The rows of the step with the largest single pass."""
         largest, worst = 0, self.rows_of(0)
         # The first epochs stand for all: later orders are drawn alike.
-        for step in range(min(self.total_steps, max(self.steps_per_epoch, 1000))):
+        for step in range(min(self.total_steps, max(self.steps_per_epoch, DRAWN_STEPS))):
             rows = self.rows_of(step)
             for members in self.passes.plan(rows):
                 inside = [len(rows[i].token_ids) for i in members]
