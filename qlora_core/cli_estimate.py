@@ -17,7 +17,7 @@ from qlora_core.errors import ConfigError
 from qlora_core.memory import GIB, MIB
 from qlora_core.planner import fitting
 from qlora_core.planner.device import card_of, device_for
-from qlora_core.planner.facts import Facts
+from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.settings import Settings
 from qlora_core.targets import resolve
 from qlora_core.tokens import load_tokenizer
@@ -61,23 +61,28 @@ def _facts(config: TrainConfig, gpu_memory_gib: float | None, settings: Settings
         raise ConfigError(f"--gpu-memory-gib is {gpu_memory_gib:g}; it must be above 0")
     shape = architecture.read(config.base_model, settings)
     resolve(shape.layers, config.target_modules)
-    rows = _rows(config, settings) if config.data else None
+    rows, train_rows, eval_rows = _rows(config, settings) if config.data else (None, 0, 0)
     return Facts(
         config=config,
         device=card_of(gpu_memory_gib) if gpu_memory_gib is not None else device_for(config),
-        train_rows=len(rows.lines) if rows else 0,
-        eval_rows=0,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
         free_disk_bytes=devices.free_disk_bytes(settings.home),
         rows=rows,
         architecture=shape,
     )
 
 
-def _rows(config: TrainConfig, settings: Settings) -> RowFacts:
+def _rows(config: TrainConfig, settings: Settings) -> tuple[RowFacts, int, int]:
+    """(a sample of the rows, how many are trained on, how many of them are held out)"""
     located = locate(config, settings, token=get_token())
     tokenizer = load_tokenizer(architecture.tokenizer_folder(config.base_model, settings), config.template)
     found = read_rows(located.data, limits=settings.limits, columns=config.columns)[1]
-    return sample((row for row in found if isinstance(row, Example)), tokenizer, loss_on=config.loss_on)
+    examples = (row for row in found if isinstance(row, Example))
+    rows = sample(examples, tokenizer, loss_on=config.loss_on)
+    usable = len(rows.lines) + len(rows.refused) + sum(1 for _ in examples)
+    held_out = 0 if located.eval_data else held_out_rows(usable, config)
+    return rows, usable - held_out, held_out
 
 
 def report(facts: Facts) -> dict[str, Any]:

@@ -59,6 +59,12 @@ def test_rows_are_counted_as_the_model_reads_them(estimate, tmp_path):
     assert "40 rows looked at" in estimate("--data", str(data), "--gpu-memory-gib", "24")
 
 
+def test_the_rank_is_for_the_whole_dataset_and_not_for_the_rows_looked_at(estimate, tmp_path):
+    data = write_rows(tmp_path / "many.jsonl", [alpaca(number) for number in range(6_000)])
+    found = estimate("--data", str(data), "--gpu-memory-gib", "24", "--json")
+    assert found["rows"] < 5_000 and found["rank_for_rows"] == 16
+
+
 def test_without_a_gpu_it_speaks_of_host_memory(estimate):
     found = estimate("--json")
     assert found["kind_of_memory"] == "host" and found["parts"]["libraries"] > 0 and found["context_bytes"] == 0

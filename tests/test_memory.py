@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_planner import LLAMA_8B, SMALL
 from tiny_models import model_folder
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MllamaForCausalLM
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from qlora_core import config as settings
 from qlora_core.activations import fused_pass, plain_pass
@@ -152,7 +153,7 @@ def kept_by_autograd(model: AutoModelForCausalLM, config: TrainConfig, *, tokens
 def test_a_layer_of_transformers_keeps_what_autograd_saves(dtype, packed, changed):
     config, tokens = TrainConfig(method="lora", rank=8, **changed), 256
     found = [kept_by_autograd(tiny_llama(dtype, n), config, tokens=tokens, packed=packed) for n in (2, 3)]
-    shape = shape_of(tiny_llama(dtype, 2).config)
+    shape = shape_of(tiny_llama(dtype, 2))
     sizes = shape, config, targeted_layers(shape, config), tokens, 1.0, dtype.itemsize
     expected = plain_pass(*sizes, masked=tokens if packed else 0, is_gpu=False)
     assert expected.layer == pytest.approx(found[1] - found[0], rel=0.03)
@@ -164,9 +165,20 @@ def test_a_layer_in_4_bits_keeps_what_autograd_saves(tmp_path):
         tiny_llama(torch.bfloat16, layers).save_pretrained(tmp_path / str(layers))
         model = load_base(tmp_path / str(layers), config, device=CPU, dtype="bf16")
         found.append(kept_by_autograd(model, config, tokens=tokens, packed=True))
-    shape = shape_of(tiny_llama(torch.bfloat16, 2).config)
+    shape = shape_of(tiny_llama(torch.bfloat16, 2))
     sizes = shape, config, targeted_layers(shape, config), tokens, 1.0, 2
     assert plain_pass(*sizes, masked=tokens, is_gpu=False).layer == pytest.approx(found[1] - found[0], rel=0.03)
+
+
+def test_a_model_that_was_loaded_by_its_text_part_is_described():
+    """Auto classes know no such config."""
+    config = MllamaTextConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shape = shape_of(MllamaForCausalLM(config))
+    assert (shape.layer_count, shape.hidden_size, shape.key_value_heads, shape.fusable) == (3, 64, 2, False)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

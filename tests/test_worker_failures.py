@@ -71,6 +71,7 @@ def test_out_of_memory_halves_the_passes_and_changes_no_result(
         re.fullmatch(r"out of memory: passes of at most \d+ tokens from here on", n) for n in notes(run)
     )
     assert max(calls) > 180 and max(calls[len(calls) // 2 :]) <= 180
+    assert run.result()["run_info"]["path"]["memory"].endswith(notes(run)[-1])
     if dropout == 0:
         assert_same_within_float_error(run, undisturbed)
 

@@ -680,6 +680,19 @@ def test_layers_are_computed_again_where_asked(
     assert said(run, events.Started)[0].checkpointed_layers == len(layers)
 
 
+@pytest.mark.parametrize(("before", "after"), [("auto", "off"), ("off", "auto")])
+def test_one_adapted_layer_is_resumed_with_the_other_layers_too(before: str, after: str, tmp_path: Path) -> None:
+    """Both kinds of layers then have two tensors that learn, of other shapes."""
+    values = {"target_modules": "model.layers.0.self_attn.q_proj", "learning_rate": 1e-3}
+    run = train_here(make_run(tmp_path, fused_layers=before, **values), StopAfter(3))
+    run.change_config(replace(run.config(), fused_layers=after))
+    train_here(run)
+    assert run.status().state == FINISHED and len(losses(run)) == 6
+    before_and_now = {"off": ("fused", "transformers'"), "auto": ("transformers'", "fused")}[after]
+    told = "they were saved by {} layers, and {} ones train now".format(*before_and_now)
+    assert any(note.text.endswith(told) for note in said(run, events.Note))
+
+
 def test_noise_on_the_embeddings_is_bounded_by_each_rows_own_length(tmp_path: Path) -> None:
     """NEFTune, as with transformers' layers: none in an evaluation, and the same losses under the same seed."""
     values = {"neftune_noise_alpha": 5, "token_budget": 8, "learning_rate": 1e-3}

@@ -61,6 +61,11 @@ class Facts:
         return "" if whole else f"Of the first {len(self.rows.lines):,} rows looked at: "
 
 
+def held_out_rows(rows: int, config: TrainConfig) -> int:
+    """How many of the rows are evaluated on, where no others are named for that."""
+    return min(rows, max(1, round(rows * config.eval_fraction)))
+
+
 def rank_for(rows: int) -> int:
     return next(rank for most, rank in RANKS if rows < most)
 

@@ -10,7 +10,7 @@ from qlora_core.config import TrainConfig
 from qlora_core.data.sample import RowFacts
 from qlora_core.errors import LabError
 from qlora_core.planner.device import device_for
-from qlora_core.planner.facts import Facts
+from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.planner.findings import NOTE, STOP, WARN, Finding
 from qlora_core.planner.recommendation import Recommendation
 from qlora_core.settings import Settings
@@ -106,7 +106,7 @@ class Advice:
         return looked
 
     def facts(self, config: TrainConfig, chosen: Chosen, looked: Looked) -> Facts:
-        held_out = 0 if chosen.eval_file else min(chosen.rows, max(1, round(chosen.rows * config.eval_fraction)))
+        held_out = 0 if chosen.eval_file else held_out_rows(chosen.rows, config)
         return Facts(
             config=config,
             device=device_for(config),

@@ -10,6 +10,7 @@ from qlora_core import queue, targets
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError, LabError
+from qlora_core.planner.facts import held_out_rows
 from qlora_core.planner.findings import STOP, findings
 from qlora_core.planner.recommendation import recommend
 from qlora_core.runs import Run, RunStore
@@ -290,7 +291,7 @@ def plan_html(config: TrainConfig, rows: int, layers: str | None, *, evaluated_a
         base = Path(base).name
     sentence = f"{METHOD_NAMES[config.method]}, rank {config.rank}, on {esc(base)}"
     if rows or config.max_steps:
-        train_rows = rows if config.eval_data or evaluated_apart else rows - max(1, round(rows * config.eval_fraction))
+        train_rows = rows if config.eval_data or evaluated_apart else rows - held_out_rows(rows, config)
         steps = form.planned_steps(config, train_rows)
         detail = f"{counted(steps, 'step')} of {counted(config.rows_per_step, 'row')}"
     else:

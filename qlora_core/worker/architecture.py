@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -23,19 +23,33 @@ MAMBA_TYPES, PAST_THE_LAYER = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "
 
 def described(folder: Path) -> dict[str, Any]:
     """What `targets.Architecture` is made of, for the causal language model that the folder's config.json describes."""
-    return _described(AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True))
+    return _described(*causal_language_model(folder))
 
 
-def shape_of(config: PreTrainedConfig) -> Architecture:
-    """The same of a model that is loaded, from its configuration."""
-    config = copy.deepcopy(config)
+def shape_of(model: PreTrainedModel) -> Architecture:
+    """The same of a model that is loaded, whatever became of its layers since."""
+    config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    return Architecture.from_json(_described(config))
+    return Architecture.from_json(_described(type(model), config))
 
 
-def _described(config: PreTrainedConfig) -> dict[str, Any]:
+def causal_language_model(folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and config that AutoModelForCausalLM chooses for the folder; it takes no state dict itself. Of a model of
+    texts and images that is the part for texts."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ValueError(f"{config.model_type!r} is no causal language model of transformers")
+    if kind.config_class is not type(config) and kind.config_class is config.sub_configs.get("text_config"):
+        whole, config = config, config.get_text_config()
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+    return kind, config
+
+
+def _described(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = kind._from_config(config)
     model.tie_weights()
     layers = linear_layers(model)
     embedding = model.get_input_embeddings().weight

@@ -10,20 +10,13 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core import targets
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, ModelError
-from qlora_core.worker.architecture import linear_layers
+from qlora_core.worker.architecture import causal_language_model, linear_layers
 from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.shards import ShardAtHand, Shards
 
@@ -97,20 +90,6 @@ def load_base(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
-
-
-def causal_language_model(folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and config that AutoModelForCausalLM chooses for the folder; it takes no state dict itself. Of a model of
-    texts and images that is the part for texts."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None:
-        raise ValueError(f"{config.model_type!r} is no causal language model of transformers")
-    if kind.config_class is not type(config) and kind.config_class is config.sub_configs.get("text_config"):
-        whole, config = config, config.get_text_config()
-        if getattr(whole, "quantization_config", None) is not None:
-            config.quantization_config = whole.quantization_config
-    return kind, config
 
 
 def generation_config(folder: Path) -> GenerationConfig:

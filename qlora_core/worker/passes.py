@@ -103,7 +103,7 @@ class Passes:
         """The fastest plan that fits the memory there is, or the budget that was set."""
         tokens = sum(len(row.token_ids) for row in rows)
         planned = memory.choose_plan(
-            shape_of(self.model.get_base_model().config),
+            shape_of(self.model.get_base_model()),
             self.config,
             row_lengths=[len(row.token_ids) for row in rows],
             supervised_share=sum(row.supervised_tokens for row in rows) / tokens,
@@ -250,7 +250,9 @@ class Passes:
                 f"out of memory with one row a pass and activation checkpointing: the longest row, line {longest.line}, has "
                 f"{length} tokens; lower max_seq_length, choose qlora, a lower rank or a smaller base model"
             )
-        self.say(events.Note(text=f"out of memory{'' if text.startswith('with') else ':'} {text}"))
+        text = f"out of memory{'' if text.startswith('with') else ':'} {text}"
+        self.memory_reason = f"{self.memory_reason}; {text}"
+        self.say(events.Note(text=text))
 
 
 def _decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

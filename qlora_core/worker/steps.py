@@ -166,6 +166,7 @@ class Stepper:
     def state(self) -> dict[str, Any]:
         """What the next step depends on beside the adapter. Random numbers are not in it: each step is seeded."""
         return {
+            "fused": self.passes.fused is not None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -175,12 +176,13 @@ class Stepper:
         set_peft_model_state_dict(self.model, adapter)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        saved = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
-        if saved == len(self.parameters):
+        fused = self.passes.fused is not None
+        if state["fused"] == fused:
             self.optimizer.load_state_dict(state["optimizer"])
-        else:  # saved by fused layers and resumed without them, on another device, or the other way round
-            text = "the optimizer's averages begin anew: they were saved by layers of the other kind"
-            self.say(events.Note(text=f"{text} ({'not ' if self.passes.fused else ''}fused)"))
+        else:  # its tensors are others: all A in one and all B in another, or each by itself
+            before, now = ("transformers'", "fused") if fused else ("fused", "transformers'")
+            text = f"the optimizer's averages begin anew: they were saved by {before} layers, and {now} ones train now"
+            self.say(events.Note(text=text))
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._step_count = state["scheduler"]["_step_count"]
         # A run that is continued for more steps goes on where the longer schedule is by now, not where the shorter ended.
