@@ -182,9 +182,11 @@ def choose_plan(
     dtype_bytes: int,
     usable_bytes: int,
     can_fuse: bool,
+    host_bytes: int | None = None,
 ) -> Planned:
-    """The fastest plan that needs at most `usable_bytes`, or the config's own budget where that is lower. What the config
-    sets itself is kept. Context and fragmentation are among what must fit."""
+    """The fastest plan that needs at most `usable_bytes`, or the config's own budget where that is lower, and of a GPU's host
+    at most `host_bytes` where they are known. What the config sets itself is kept. Context and fragmentation are among what
+    must fit."""
     lengths = tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step
     known = {"row_lengths": lengths, "supervised_share": supervised_share, "is_gpu": is_gpu, "dtype_bytes": dtype_bytes}
     if config.memory_budget_gib is not None:
@@ -194,12 +196,17 @@ def choose_plan(
     def needed(plan: Plan) -> int:
         return estimate(shape, config, plan, **known).needed_bytes
 
-    plans = list(_plans(shape, config, max(lengths), is_gpu=is_gpu, fused=fused))
+    def fits_host(plan: Plan) -> bool:
+        return host_bytes is None or estimate(shape, config, plan, **known).host_bytes <= host_bytes
+
+    every = list(_plans(shape, config, max(lengths), is_gpu=is_gpu, fused=fused))
+    plans = [plan for plan in every if fits_host(plan)]
     found = next((plan for plan in plans if needed(plan) <= usable_bytes), None)
     if found is None:
-        plan = min(plans, key=needed)
+        plan = min(plans or every, key=needed)
         least = estimate(shape, config, plan, **known)
-        return Planned(plan=plan, estimate=least, reason=_remedies(config, least, usable_bytes), fits=False)
+        reason = _remedies(config, least, usable_bytes) if plans else _remedy_of_host(least, host_bytes)
+        return Planned(plan=plan, estimate=least, reason=reason, fits=False)
     if config.activation_checkpointing == "auto" and found.checkpointed_layers and not found.offloaded:
         counts = range(1, found.checkpointed_layers + 1)  # all of them fit: as few as do
         some = bisect_left(counts, True, key=lambda n: needed(replace(found, checkpointed_layers=n)) <= usable_bytes)
@@ -242,6 +249,13 @@ def _reason(plan: Plan, shape: Architecture) -> str:
         return f"{passes}, nothing is recomputed"
     which = "all layers are recomputed" if count >= layers else f"{count} of {layers} layers are recomputed"
     return f"{passes}, {which}" + (", with their inputs in host memory" if plan.offloaded else "")
+
+
+def _remedy_of_host(needed: MemoryEstimate, host_bytes: int) -> str:
+    return (
+        f"does not fit: {needed.host_bytes / GIB:.1f} GiB of host memory for offloaded activations and paged states, "
+        f"{host_bytes / GIB:.1f} are free; what would help: no offloading, an optimizer that is not paged, shorter rows"
+    )
 
 
 def _remedies(config: TrainConfig, needed: MemoryEstimate, usable_bytes: int) -> str:

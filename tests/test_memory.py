@@ -40,11 +40,19 @@ def estimated(config: TrainConfig, plan: Plan = FUSED, *, shape: Architecture = 
     return estimate(shape, config, plan, **known | changed)
 
 
-def planned(gib: float, *, shape: Architecture = LLAMA_8B, rows=LONG, is_gpu: bool = True, **changed) -> Planned:
+def planned(
+    gib: float,
+    *,
+    shape: Architecture = LLAMA_8B,
+    rows=LONG,
+    is_gpu: bool = True,
+    host_gib: float | None = None,
+    **changed,
+) -> Planned:
     config = TrainConfig(**{"method": "qlora", "rank": 16, "max_seq_length": 4096, "rows_per_step": 16} | changed)
     return choose_plan(
         shape, config, row_lengths=rows, supervised_share=1.0, is_gpu=is_gpu, dtype_bytes=2, usable_bytes=round(gib * GIB),
-        can_fuse=True,
+        can_fuse=True, host_bytes=None if host_gib is None else round(host_gib * GIB),
     )  # fmt: skip
 
 
@@ -337,6 +345,12 @@ def test_where_nothing_fits_the_least_is_told_with_what_would_help():
     assert found.plan.offloaded and found.plan.token_budget == 2048, "the longest row"
     spent = planned(1, method="qlora", rank=8, optimizer="paged_adamw_8bit").reason
     assert not any(word in spent for word in ("QLoRA", "rank", "optimizer"))
+
+
+def test_nothing_is_offloaded_to_a_host_without_room():
+    assert planned(7.5).plan.offloaded and not planned(7.5, host_gib=0.2).plan.offloaded
+    asked = planned(80, host_gib=0.2, activation_checkpointing="offloaded")
+    assert not asked.fits and "0.2 are free" in asked.reason and "no offloading" in asked.reason
 
 
 def test_a_cpu_has_smaller_passes_and_no_second_memory():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import CHATML, adapter, dataset, eval_losses, losses, make_run, model_folder, said, train_here
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_core import devices, events
 from qlora_core.config import TrainConfig
@@ -87,6 +87,19 @@ def test_then_activation_checkpointing_is_switched_on(
         == "out of memory with one row a pass: the activations of 1 of 2 layers are recomputed from here on"
     )
     assert_same_within_float_error(run, undisturbed)
+
+
+def test_layers_that_cannot_be_recomputed_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    run = make_run(tmp_path, **VALUES, activation_checkpointing="full")
+    train_here(run)
+    assert run.status().state == FINISHED
+    started = said(run, events.Started)[0]
+    assert started.checkpointed_layers == 0 and "this architecture cannot recompute" in started.memory_reason
+    (tmp_path / "short").mkdir()
+    monkeypatch.setattr(passes, "loss_sum", memory_for(20, checkpointed=20, calls=[]))
+    with pytest.raises(TrainingError, match="out of memory with one row a pass: the longest row"):
+        train_here(make_run(tmp_path / "short", **VALUES))
 
 
 def test_at_last_it_fails_and_names_the_longest_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tiny_models import (
     StopAfter,
     adapter,
     adapter_bytes,
+    dataset,
     eval_losses,
     losses,
     make_run,
@@ -454,6 +455,51 @@ def test_layers_that_compute_otherwise_are_refused_and_the_run_goes_on_without(
     started = said(run, events.Started)[0]
     assert not started.fused and started.fused_reason.startswith("transformers' layers: logits differ from")
     assert_same_run(run, plain)
+
+
+FAILING = {
+    "going forward": ("attention", RuntimeError("no kernel image"), "no kernel image"),
+    "going back": ("attention_backward", RuntimeError("no kernel image"), "no kernel image"),
+    "whatever its length": ("attention", torch.OutOfMemoryError(), "there is no memory to prove fused ones"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_layers_that_do_not_run_here_are_refused_before_the_first_step(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, error, words = FAILING[case]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    plain = train_here(make_run(made_folder(tmp_path / "plain"), fused_layers="off", max_steps=3))
+    monkeypatch.setattr(kernels, name, fail)
+    run = train_here(make_run(made_folder(tmp_path / "run"), max_steps=3))
+    started = said(run, events.Started)[0]
+    assert (
+        not started.fused
+        and started.fused_reason.startswith("transformers' layers: ")
+        and words in started.fused_reason
+    )
+    assert_same_run(run, plain)
+
+
+def test_where_long_rows_have_no_memory_for_the_proof_short_ones_prove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, whole = [], fused.proof
+
+    def short_of_memory(built: Any, model: Any, pair: list[Pass], together: Pass) -> tuple[bool, str]:
+        lengths.append(together.tokens)
+        if max(together.lengths) > passes.PROOF_TOKENS:
+            raise torch.OutOfMemoryError
+        return whole(built, model, pair, together)
+
+    monkeypatch.setattr(fused, "proof", short_of_memory)
+    rows = [{"prompt": "long " * 60, "completion": "yes"}, *dataset(12)]
+    run = train_here(make_run(tmp_path, train_rows=rows, max_seq_length=256, max_steps=1))
+    assert said(run, events.Started)[0].fused and len(lengths) == 2 and lengths[1] <= 2 * passes.PROOF_TOKENS
 
 
 def made_folder(folder: Path) -> Path:

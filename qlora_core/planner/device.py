@@ -8,10 +8,10 @@ from qlora_core.planner.facts import Device
 
 def device_for(config: TrainConfig) -> Device:
     """The first GPU, or the CPU where there is none or it is asked for."""
-    found = () if config.device == "cpu" else devices.gpus()
+    found, host_bytes = () if config.device == "cpu" else devices.gpus(), devices.host_memory().available_bytes
     if not found:
-        return Device("the CPU", devices.host_memory().available_bytes, False, devices.cpu_has_bf16())
-    return Device(found[0].name, found[0].total_bytes, True, found[0].capability >= (8, 0))
+        return Device("the CPU", host_bytes, False, devices.cpu_has_bf16())
+    return Device(found[0].name, found[0].total_bytes, True, found[0].capability >= (8, 0), host_bytes)
 
 
 def card_of(gib: float) -> Device:

@@ -17,12 +17,14 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class Device:
-    """What the run would train on; memory is the whole card's, or of a CPU what the host has free."""
+    """What the run would train on; memory is the whole card's, or of a CPU what the host has free. `host_bytes`: free beside a
+    GPU, None where it is not known."""
 
     name: str
     memory_bytes: int
     is_gpu: bool
     has_bf16: bool
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ def planned(facts: Facts) -> Planned | None:
         dtype_bytes=dtype_bytes(config, facts.device),
         usable_bytes=usable_bytes(facts),
         can_fuse=can_fuse(facts),
+        host_bytes=facts.device.host_bytes,
     )
 
 

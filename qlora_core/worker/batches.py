@@ -146,13 +146,13 @@ def loss_sum(model: Any, batch: Pass) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
-def proof_pair(rows: Sequence[Row], *, compared: int) -> tuple[Row, Row]:
-    """The longest row and one of usual length, of which the last `compared` tokens are supervised: whatever a model does with
-    far positions or a window shows there."""
+def proof_pair(rows: Sequence[Row], *, compared: int, longest: int) -> tuple[Row, Row]:
+    """The longest row and one of usual length, cut to `longest` tokens, of which the last `compared` are supervised: whatever
+    a model does with far positions or a window shows there."""
     ordered = sorted(rows, key=lambda row: len(row.token_ids))
-    lengths = [(row, len(row.token_ids)) for row in (ordered[-1], ordered[len(ordered) // 4])]
+    lengths = [(row, min(longest, len(row.token_ids))) for row in (ordered[-1], ordered[len(ordered) // 4])]
     first, second = (
-        Row(row.line, row.token_ids, tuple(place >= length - compared for place in range(length)))
+        Row(row.line, row.token_ids[:length], tuple(place >= length - compared for place in range(length)))
         for row, length in lengths
     )
     return first, second

@@ -2,6 +2,8 @@
 
 import torch
 
+from qlora_core.errors import TrainingError
+
 
 class HostMemory:
     """Layers' inputs in pinned host memory, copied there and back beside the computing.
@@ -24,13 +26,22 @@ class HostMemory:
 
     def put(self, number: int, x: torch.Tensor) -> None:
         if number not in self.places or self.places[number].numel() < x.numel():
-            self.places[number] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            self.places[number] = self._pinned(x)
         self.copying.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.copying):
             self.places[number][: x.numel()].view_as(x).copy_(x, non_blocking=True)
         self.leaving.append((x, self.copying.record_event()))
         if len(self.leaving) > 2:
             torch.cuda.current_stream().wait_event(self.leaving.pop(0)[1])
+
+    def _pinned(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+        except RuntimeError as error:  # the host has no more memory that can be pinned
+            raise TrainingError(
+                f"out of host memory for offloaded activations, at {len(self.places)} layers of {x.nbytes / 2**20:.0f} MiB: lower "
+                "max_seq_length, or set activation_checkpointing to full"
+            ) from error
 
     def take(self, number: int) -> torch.Tensor:
         """The input of layer `number`; that of the layer before it sets out meanwhile."""

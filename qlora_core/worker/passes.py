@@ -1,6 +1,5 @@
 """Rows -> loss and gradients: which layers run, in how many passes, and what gives way when memory is short."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from qlora_core import devices, events, memory
-from qlora_core.config import TrainConfig
+from qlora_core.config import TrainConfig, replace
 from qlora_core.errors import TrainingError
 from qlora_core.worker import fused, hardware, loading
 from qlora_core.worker.architecture import shape_of
@@ -41,8 +40,8 @@ class Passes:
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=MIXED[dtype])
         self.lengths_in_pass: tuple[int, ...] = ()
         self.fused, self.fused_reason = self.fuse(rows)
-        self.plan_memory(rows)
         self.packed, self.packed_reason = self.prove_packing(rows)
+        self.plan_memory(rows)
         self.compiled, self.compiled_reason = self.compile_layers(total_steps)
         if config.neftune_noise_alpha:
             model.get_input_embeddings().register_forward_hook(self.add_noise)
@@ -59,8 +58,6 @@ class Passes:
         problem = self.why_not_fused()
         if problem:
             return None, f"transformers' layers: {problem}"
-        pair = proof_pair(rows, compared=PROOF_TOKENS)
-        alone = [make_pass([row], packed=True, device=self.device) for row in pair]
         try:
             built = fused.FusedModel(
                 self.model,
@@ -68,18 +65,34 @@ class Passes:
                 dtype=hardware.DTYPES[self.dtype],
                 full_length=self.config.max_seq_length,
             )
-            with self.accelerator.autocast():
-                holds, seen = fused.proof(built, self.model, alone, make_pass(pair, packed=True, device=self.device))
         except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever Triton, its C compiler or a driver raise: transformers' layers need none
-            said = str(error).strip().splitlines() or [""]
-            holds, seen = False, f"fused ones do not run here ({type(error).__name__}: {said[-1]})"
+            return None, "transformers' layers: there is no memory for the buffers of fused ones"
+        proof = None
+        for longest in (self.config.max_seq_length, PROOF_TOKENS):  # shorter rows where memory is short
+            proof = proof or self.prove_fused(built, rows, longest=longest)
+        holds, seen = proof or (False, "there is no memory to prove fused ones")
         if holds:
             return built, f"fused: {len(built.layers)} decoder layers; {seen}"
         for parameter in loading.trainable_parameters(self.model):
             parameter.grad = None
         return None, f"transformers' layers: {seen}"
+
+    def prove_fused(self, built: fused.FusedModel, rows: Sequence[Row], *, longest: int) -> tuple[bool, str] | None:
+        """Whether fused layers compute what transformers' do, and a sentence; None where memory is short."""
+        pair = proof_pair(rows, compared=PROOF_TOKENS, longest=longest)
+        few = proof_pair(rows, compared=PROOF_TOKENS, longest=min(PROOF_TOKENS, *(len(row.token_ids) for row in pair)))
+        alone = [make_pass([row], packed=True, device=self.device) for row in pair]
+        try:
+            with self.accelerator.autocast():
+                holds, seen = fused.proof(built, self.model, alone, make_pass(pair, packed=True, device=self.device))
+            if holds:
+                fused.try_backward(built, make_pass(few, packed=True, device=self.device))
+            return holds, seen
+        except torch.OutOfMemoryError:
+            return None
+        except Exception as error:  # whatever Triton, its C compiler or a driver raise: transformers' layers need none
+            said = str(error).strip().splitlines() or [""]
+            return False, f"fused ones do not run here ({type(error).__name__}: {said[-1]})"
 
     def why_not_fused(self) -> str | None:
         config = self.config
@@ -102,20 +115,33 @@ class Passes:
     def plan_memory(self, rows: Sequence[Row]) -> None:
         """The fastest plan that fits the memory there is, or the budget that was set."""
         tokens = sum(len(row.token_ids) for row in rows)
+        on_gpu = self.device.type == "cuda"
         planned = memory.choose_plan(
             shape_of(self.model.get_base_model()),
-            self.config,
+            self.as_the_model_can(),
             row_lengths=[len(row.token_ids) for row in rows],
             supervised_share=sum(row.supervised_tokens for row in rows) / tokens,
-            is_gpu=self.device.type == "cuda",
+            is_gpu=on_gpu,
             dtype_bytes=hardware.DTYPES[self.dtype].itemsize,
             usable_bytes=hardware.usable_bytes(self.device),
+            host_bytes=devices.host_memory().available_bytes if on_gpu else None,
             can_fuse=self.fused is not None,
         )
         self.token_budget, self.memory_reason = planned.plan.token_budget, planned.reason
+        if self.config.activation_checkpointing in ("full", "offloaded") and not self.can_recompute:
+            self.memory_reason += "; this architecture cannot recompute activations"
         self.estimated_peak_bytes = planned.estimate.total_bytes
         self.checkpointed_layers, self.offloaded = 0, False
         self.keep_activations(planned.plan.checkpointed_layers, offloaded=planned.plan.offloaded)
+
+    @property
+    def can_recompute(self) -> bool:
+        return self.fused is not None or self.model.get_base_model().supports_gradient_checkpointing
+
+    def as_the_model_can(self) -> TrainConfig:
+        """The settings that memory is planned by: what was asked for, as far as the model can do it."""
+        config = self.config if self.packed else replace(self.config, packing="off")
+        return config if self.can_recompute else replace(config, activation_checkpointing="none")
 
     def keep_activations(self, checkpointed_layers: int, *, offloaded: bool) -> None:
         """Recompute the activations of the first layers; `offloaded`, with their inputs in host memory."""
@@ -123,7 +149,8 @@ class Passes:
         if self.fused:
             self.fused.checkpointed_layers, self.fused.offloaded = checkpointed_layers, offloaded
         elif checkpointed_layers:
-            self.model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            to_host = offloaded and self.device.type == "cuda"
+            self.model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, offload=to_host)
             for number, layer in enumerate(_decoder_layers(self.model)):
                 layer.gradient_checkpointing = number < checkpointed_layers
 
@@ -132,8 +159,11 @@ class Passes:
             return True, "packed: attention of fused layers ends with each row"
         if self.config.packing == "off":
             return False, "padded: packing is off"
-        with self.accelerator.autocast():
-            return packing_proof(self.model, rows, device=self.device)
+        try:
+            with self.accelerator.autocast():
+                return packing_proof(self.model, rows, device=self.device)
+        except torch.OutOfMemoryError:
+            return False, "padded: there is no memory to prove packing"
 
     def compile_layers(self, total_steps: int) -> tuple[bool, str]:
         """Compile each decoder layer, with a dynamic length, where that pays and can be done."""
@@ -202,7 +232,7 @@ class Passes:
                     if self.fused:
                         loss = self.fused.backward(batch, supervised=supervised, seed=seed + 65_537 * number)
                     else:
-                        with self.accelerator.autocast(), self.saving():
+                        with self.accelerator.autocast():
                             loss = loss_sum(self.model, batch) / supervised
                         self.accelerator.backward(loss)
                     total += loss.detach()
@@ -216,11 +246,6 @@ class Passes:
                     torch.cuda.empty_cache()
                 self.use_less_memory(rows)
 
-    def saving(self) -> Any:
-        """Where transformers' layers keep what their backward pass needs."""
-        on_host = self.offloaded and self.device.type == "cuda"
-        return torch.autograd.graph.save_on_cpu(pin_memory=True) if on_host else contextlib.nullcontext()
-
     def clear_gradients(self) -> None:
         if self.fused:
             self.fused.adapters.gradients.zero_()
@@ -233,26 +258,35 @@ class Passes:
         return self.fused.loss_sum(batch) if self.fused else loss_sum(self.model, batch)
 
     def use_less_memory(self, rows: Sequence[Row]) -> None:
+        """Half the tokens a pass, then more and more layers recomputed, then host memory. Raises TrainingError at the end."""
         longest = max(rows, key=lambda row: len(row.token_ids))
-        length, layers = len(longest.token_ids), len(_decoder_layers(self.model))
+        length, layers = len(longest.token_ids), max(1, len(_decoder_layers(self.model)))
         if self.token_budget > length:
             self.token_budget = max(length, min(self.token_budget, sum(len(r.token_ids) for r in rows)) // 2)
-            text = f"passes of at most {self.token_budget} tokens from here on"
-        elif self.checkpointed_layers < max(1, layers):
-            more = min(max(1, layers), self.checkpointed_layers + max(1, layers // 4))
+            text = f"out of memory: passes of at most {self.token_budget} tokens from here on"
+        elif self.can_recompute and self.checkpointed_layers < layers:
+            more = min(layers, self.checkpointed_layers + max(1, layers // 4))
             self.keep_activations(more, offloaded=False)
-            text = f"with one row a pass: the activations of {more} of {layers} layers are recomputed from here on"
-        elif not self.offloaded and self.device.type == "cuda":
+            which = "all activations" if more == layers else f"the activations of {more} of {layers} layers"
+            text = f"out of memory with one row a pass: {which} are recomputed from here on"
+        elif self.can_recompute and not self.offloaded and self.device.type == "cuda":
             self.keep_activations(self.checkpointed_layers, offloaded=True)
-            text = "with one row a pass: what is kept of the layers lies in host memory from here on"
+            text = "out of memory with one row a pass: what is kept of the layers lies in host memory from here on"
         else:
             raise TrainingError(
-                f"out of memory with one row a pass and activation checkpointing: the longest row, line {longest.line}, has "
-                f"{length} tokens; lower max_seq_length, choose qlora, a lower rank or a smaller base model"
+                f"out of memory with one row a pass{' and activations recomputed' if self.can_recompute else ''}: the longest "
+                f"row, line {longest.line}, has {length} tokens; {self.remedies()}"
             )
-        text = f"out of memory{'' if text.startswith('with') else ':'} {text}"
         self.memory_reason = f"{self.memory_reason}; {text}"
         self.say(events.Note(text=text))
+
+    def remedies(self) -> str:
+        options = ["lower max_seq_length"]
+        if self.config.memory_budget_gib is not None:
+            options.append("raise memory_budget_gib")
+        if self.config.method != "qlora":
+            options.append("choose qlora")
+        return ", ".join([*options, "choose a lower rank or a smaller base model"])
 
 
 def _decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -96,8 +96,18 @@ class Stepper:
             optimizer.step()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            optimizer.state.clear()
+            self.forget_state(optimizer)
         self.passes.clear_gradients()
+
+    @staticmethod
+    def forget_state(optimizer: torch.optim.Optimizer) -> None:
+        if not getattr(optimizer, "is_paged", False):
+            optimizer.state.clear()
+            return
+        for (
+            state
+        ) in optimizer.state.values():  # bitsandbytes never frees paged memory; a step of zeros has left zeros in it
+            state["step"] = 0
 
     def longest_step(self) -> list[Row]:
         """The rows of the step with the largest single pass."""
