@@ -68,6 +68,8 @@ class Started(Event):
     load_peak_allocated_bytes: int | None
     # Lines of the evaluation rows that were left out: of the file named in eval_data, else of the same file.
     eval_rows_left_out: tuple[int, ...] = ()
+    # Bytes of that peak by part, as MemoryEstimate.parts() names them.
+    estimated_parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def path(self) -> tuple[str, ...]:

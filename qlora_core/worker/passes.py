@@ -130,7 +130,7 @@ class Passes:
         self.token_budget, self.memory_reason = planned.plan.token_budget, planned.reason
         if self.config.activation_checkpointing in ("full", "offloaded") and not self.can_recompute:
             self.memory_reason += "; this architecture cannot recompute activations"
-        self.estimated_peak_bytes = planned.estimate.total_bytes
+        self.estimated_peak_bytes, self.estimated_parts = planned.estimate.total_bytes, planned.estimate.parts()
         self.checkpointed_layers, self.offloaded = 0, False
         self.keep_activations(planned.plan.checkpointed_layers, offloaded=planned.plan.offloaded)
 

@@ -182,6 +182,7 @@ class Training:
                 offloaded=passes.offloaded,
                 memory_reason=passes.memory_reason,
                 estimated_peak_bytes=passes.estimated_peak_bytes,
+                estimated_parts={name: size for name, size in passes.estimated_parts.items() if size},
                 trainable_parameters=sum(parameter.numel() for parameter in passes.parameters),
                 load_peak_host_bytes=self.load_peaks[0],
                 load_peak_allocated_bytes=self.load_peaks[1],
