@@ -127,7 +127,9 @@ def test_result_json_says_what_ran_how_fast_and_how_good(uninterrupted: Run) -> 
     assert found["peak_allocated_bytes"] is None and found["peak_host_bytes"] > 10**8
     assert found["tokens_per_second"] > 0 and found["step_seconds_median"] > 0
     planned = said(uninterrupted, events.Started)[0]
-    assert planned.estimated_parts["weights"] > 0 and sum(planned.estimated_parts.values()) == planned.estimated_peak_bytes
+    assert (
+        planned.estimated_parts["weights"] > 0 and sum(planned.estimated_parts.values()) == planned.estimated_peak_bytes
+    )
     weights = load_file(uninterrupted.adapter / "adapter_model.safetensors")
     assert found["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert (meta["ended"], meta["attempts"]) == ("finished", 1)
