@@ -38,12 +38,12 @@ def run_charts(history: Sequence[Event], *, method: str, revision: str) -> tuple
         # A lone point is no line, and short runs show what is between the lines.
         if total <= 40 or len(shown) == 1:
             figure.update_traces(mode="lines+markers")
-        _say_when_empty(figure, "begins with the first step")
+        say_when_empty(figure, "begins with the first step")
     return figures
 
 
 def _loss(steps: Sequence[Step], evaluations: Sequence[Evaluation], hue: str) -> go.Figure:
-    figure = _figure("Loss", "loss per token, nats")
+    figure = new_figure("Loss", "loss per token, nats")
     _add_line(figure, "training", [e.step for e in steps], [e.loss for e in steps], hue, opacity=0.55, digits=".4f")
     figure.add_scatter(
         x=[e.step for e in evaluations],
@@ -60,14 +60,14 @@ def _loss(steps: Sequence[Step], evaluations: Sequence[Evaluation], hue: str) ->
 
 
 def _learning_rate(steps: Sequence[Step], hue: str) -> go.Figure:
-    figure = _figure("Learning rate", "")
+    figure = new_figure("Learning rate", "")
     _add_line(figure, "rate", [e.step for e in steps], [e.learning_rate for e in steps], hue, digits=".3g")
     figure.update_yaxes(rangemode="tozero", tickformat=".1e")
     return figure
 
 
 def _step_time(steps: Sequence[Step], hue: str) -> go.Figure:
-    figure = _figure("Step time", "seconds")
+    figure = new_figure("Step time", "seconds")
     _add_line(figure, "time", [e.step for e in steps], [e.step_seconds for e in steps], hue, digits=".3f", unit=" s")
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -76,7 +76,7 @@ def _step_time(steps: Sequence[Step], hue: str) -> go.Figure:
 def _memory(steps: Sequence[Step], hue: str) -> go.Figure:
     """The kind that was measured: GPU memory of this process, or on a CPU its host memory; never both as one."""
     on_gpu = any(event.peak_allocated_bytes is not None for event in steps)
-    figure = _figure("Peak memory, GPU" if on_gpu else "Peak memory, host", "GiB")
+    figure = new_figure("Peak memory, GPU" if on_gpu else "Peak memory, host", "GiB")
     kinds = (
         (("allocated", "peak_allocated_bytes"), ("reserved", "peak_reserved_bytes"))
         if on_gpu
@@ -93,7 +93,7 @@ def _memory(steps: Sequence[Step], hue: str) -> go.Figure:
 
 def length_histogram(lengths: Sequence[int], *, cut_at: int) -> go.Figure:
     """How many rows have how many tokens, and where the cut lies when it lies in sight."""
-    figure = _figure("", "rows")
+    figure = new_figure("", "rows")
     figure.add_histogram(
         x=list(lengths), nbinsx=40, marker={"color": NEUTRAL}, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"
     )
@@ -104,12 +104,13 @@ def length_histogram(lengths: Sequence[int], *, cut_at: int) -> go.Figure:
             line={"color": CUT, "width": 2, "dash": "dash"},
             annotation={"text": f"cut at {cut_at:,}", "font": {"size": 12}},
         )
-    _say_when_empty(figure, "no rows yet")
+    say_when_empty(figure, "no rows yet")
     figure.update_layout(height=LENGTHS_HEIGHT, bargap=0.06, margin={"t": 26}, uirevision="lengths")
     return figure
 
 
-def _figure(title: str, unit: str) -> go.Figure:
+def new_figure(title: str, unit: str) -> go.Figure:
+    """An empty figure of the house: title on the left, `unit` on the y axis, legend above, no colour of its own."""
     figure = go.Figure()
     # Colours of text and grid come from the page's style sheet, so that light and dark both fit.
     figure.update_layout(
@@ -161,7 +162,8 @@ def _add_line(
     )
 
 
-def _say_when_empty(figure: go.Figure, text: str) -> None:
+def say_when_empty(figure: go.Figure, text: str) -> None:
+    """Write `text` where the points will be, as long as there is none."""
     if not any(len(trace.x or ()) for trace in figure.data):
         figure.update_layout(showlegend=False)
         figure.update_xaxes(showticklabels=False)

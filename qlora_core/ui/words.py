@@ -8,11 +8,15 @@ from typing import Any
 from qlora_core import events
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
-from qlora_core.devices import GIB
 from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.scores import wilson_interval
 
-METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
+# Words that the pure modules share, re-exported for the page's.
+from qlora_core.wording import METHOD_NAMES as METHOD_NAMES
+from qlora_core.wording import loss as loss
+from qlora_core.wording import seconds as seconds
+from qlora_core.wording import size as size
+
 VARIANTS = {
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
@@ -30,33 +34,12 @@ def esc(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def size(number: int | None) -> str:
-    """Bytes with a unit and sensible digits."""
-    if number is None:
-        return "–"
-    if number >= 0.1 * GIB:
-        return f"{number / GIB:.2f} GiB"
-    if number >= 1024**2:
-        return f"{number / 1024**2:.1f} MiB"
-    return f"{number / 1024:.1f} KiB" if number >= 1024 else counted(number, "byte")
-
-
-def seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
-
-
 def duration(value: float) -> str:
     """How long something still takes, no more exact than it can be known."""
     if value < 60:
         return "less than a minute"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def clock(stamp: float) -> str:

@@ -1,0 +1,27 @@
+"""Measured figures in words: units, sensible digits, names of methods. Knows no page and no run."""
+
+from qlora_core.data.rows import counted
+from qlora_core.devices import GIB
+
+METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
+
+
+def size(number: float | None) -> str:
+    """Bytes with a unit and sensible digits."""
+    if number is None:
+        return "–"
+    if number >= 0.1 * GIB:
+        return f"{number / GIB:.2f} GiB"
+    if number >= 1024**2:
+        return f"{number / 1024**2:.1f} MiB"
+    return f"{number / 1024:.1f} KiB" if number >= 1024 else counted(number, "byte")
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+def loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
