@@ -1,9 +1,11 @@
 """What a forward and backward pass keeps and needs, term by term, in bytes. Pure sums over a model's sizes; knows no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from qlora_core import precision
 from qlora_core.config import TrainConfig
+from qlora_core.selectors import layer_number
 from qlora_core.targets import Architecture, Layer
 
 # Of the fused layers, which take both from here. Logits of so many bytes are made at once: enough to fill a GPU, little beside
@@ -33,16 +35,17 @@ def fused_pass(
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.attention_heads
     query, key_value = heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     # Columns of x·A^T, beside the outputs of the matrices that share an input.
-    qkv, o, gate_up, down = (
-        columns(targeted, config, shape, names) for names in (QKV, ["o_proj"], GATE_UP, ["down_proj"])
-    )
+    sharing = QKV, ("o_proj",), GATE_UP, ("down_proj",)
+    qkv, o, gate_up, down = (columns(targeted, config, shape, names) for names in sharing)
     groups = (
         (hidden, query + 2 * key_value, qkv),
         (query, hidden, o),
         (hidden, 2 * inner, gate_up),
         (inner, hidden, down),
     )
-    packed = config.method == "qlora"
+    bits = precision.bits_held(shape.layers, config)
+    # In how many decoder layers they are made anew for each product: where one of them is in 4 bits.
+    packed = [len({layer_number(name) for name in bits if name.rpartition(".")[2] in names}) for names in sharing]
     turned = query + 2 * key_value + qkv if shape.model_type in HEAD_NORMED else 0
     layer = (
         hidden * size  # its input
@@ -71,8 +74,10 @@ def fused_pass(
         around=tokens * (2 * shape.head_dim * size + 2 * 8),  # cosines and sines of the positions; ids
         working=round(tokens * (gradient + max(in_mlp, in_attention))),
         loss=round(loss),
-        buffers=max(_matrix_bytes(group, size) for group in groups) if packed else 0,
-        copies=0 if packed else shape.layer_count * sum(_beside_bytes(group, size) for group in groups),
+        buffers=max((_matrix_bytes(group, size) for group, n in zip(groups, packed, strict=True) if n), default=0),
+        copies=sum(
+            (shape.layer_count - n) * _beside_bytes(group, size) for group, n in zip(groups, packed, strict=True)
+        ),
     )
 
 
@@ -114,12 +119,13 @@ def plain_pass(
     key_value = (
         query if masked else shape.key_value_heads * shape.head_dim
     )  # with a mask repeated for each head of query
+    bits = precision.bits_held(shape.layers, config)
     layer = (
         2 * (hidden * 4 + 4)  # the input of each norm, in fp32, and its scale
         + 2 * (query + key_value) * size  # query, key and value, and what attention returns
         + masked * size + shape.attention_heads * 4
         + 3 * inner * size  # gate, up and the activated gate
-        + _adapter_inputs(targeted, config, size, is_gpu=is_gpu) / layers
+        + _adapter_inputs(targeted, config, size, bits, is_gpu=is_gpu) / layers
         + len(targeted) / layers * config.rank * size  # x·A^T
     )  # fmt: skip
     outputs, squares = sum(layer.out_features for layer in targeted), sum(layer.in_features**2 for layer in targeted)
@@ -127,8 +133,9 @@ def plain_pass(
         size * (2 * tokens * outputs + squares) / layers if config.use_dora else 0
     )  # PEFT gets B·A from a unit matrix
     gradients = 3 * inner * size + inner * (4 + size) + 3 * hidden * 4  # PEFT casts to fp32 and back
-    largest = max((layer.in_features * layer.out_features for layer in shape.layers if not layer.is_head), default=0)
-    weights = largest * size if config.method == "qlora" else 0  # dequantised, one at a time
+    weights = size * max(
+        (layer.elements for layer in shape.layers if layer.name in bits), default=0
+    )  # dequantised, one at a time
     learnt = supervised_share * tokens
     # In fp32 the log-probabilities of all tokens and two gradients of them.
     loss = learnt * shape.vocabulary * 3 * 4 + 2 * learnt * hidden * size
@@ -142,12 +149,17 @@ def plain_pass(
     )
 
 
-def _adapter_inputs(targeted: Sequence[Layer], config: TrainConfig, size: int, *, is_gpu: bool) -> int:
+def _adapter_inputs(
+    targeted: Sequence[Layer], config: TrainConfig, size: int, quantised: Collection[str], *, is_gpu: bool
+) -> int:
     """Bytes a token that adapters keep of their inputs. The layers of a block share one; but in 16 bits PEFT casts each its own,
-    beside 4-bit layers on a CPU only, and so does dropout, with a mask beside it."""
+    beside quantised layers on a CPU only, and so does dropout, with a mask beside it."""
     if config.lora_dropout > 0:
         return sum(layer.in_features * (size + (1 if is_gpu else 4)) for layer in targeted)
-    if size == 2 and (config.method == "lora" or not is_gpu):
-        return sum(layer.in_features * size for layer in targeted)
-    shared = {(layer.name.rpartition(".")[0], layer.in_features): layer.in_features for layer in targeted}
-    return size * sum(shared.values())
+    alone, shared = 0, {}
+    for layer in targeted:
+        if size == 2 and not (is_gpu and layer.name in quantised):
+            alone += layer.in_features
+        else:
+            shared[layer.name.rpartition(".")[0], layer.in_features] = layer.in_features
+    return size * (alone + sum(shared.values()))

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from qlora_core import architecture, devices
+from qlora_core import architecture, devices, precision
 from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
 from qlora_core.data.formats import read_rows
@@ -19,14 +19,13 @@ from qlora_core.planner import fitting
 from qlora_core.planner.device import card_of, device_for
 from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.settings import Settings
-from qlora_core.targets import resolve
 from qlora_core.tokens import load_tokenizer
 
 # What each part is, beside its bytes.
 WORDS = {
     "libraries": "the worker before a model is loaded",
     "weights": "the frozen base",
-    "quantisation constants": "of the 4-bit weights",
+    "quantisation constants": "of the quantised weights",
     "adapters": "what is learnt, in fp32, and its copies in 16 bits",
     "optimizer": "the moments of AdamW",
     "gradients": "of the adapters",
@@ -60,7 +59,7 @@ def _facts(config: TrainConfig, gpu_memory_gib: float | None, settings: Settings
     if gpu_memory_gib is not None and not gpu_memory_gib > 0:
         raise ConfigError(f"--gpu-memory-gib is {gpu_memory_gib:g}; it must be above 0")
     shape = architecture.read(config.base_model, settings)
-    resolve(shape.layers, config.target_modules)
+    precision.check(shape.layers, config)
     rows, train_rows, eval_rows = _rows(config, settings) if config.data else (None, 0, 0)
     return Facts(
         config=config,

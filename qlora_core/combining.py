@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qlora_core import precision
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import RunError
@@ -88,7 +89,7 @@ class Part:
         config = self.run.config()
         if config.method == "lora":
             return "lora (16-bit base)"
-        return f"qlora ({config.quant_type}{', double quantisation' if config.double_quant else ''})"
+        return f"qlora ({precision.words(config)})"
 
     def eval_loss(self) -> float | None:
         """Of the adapter as it was saved, which with final_adapter best is not that of the last step."""

@@ -8,10 +8,12 @@ from dataclasses import replace as replace  # re-exported: config.replace(run_co
 from pathlib import Path
 from typing import Any
 
+from qlora_core import selectors
 from qlora_core.options import SHORT, Options, option, read_yaml
 
 TEMPLATES = ("model", "alpaca", "chatml", "llama3", "mistral", "zephyr")
-TARGET_PRESETS = ("all-linear", "attention", "query-value")
+TARGET_PRESETS = ("all-linear", "attention", "mlp", "query-value", "key-value")
+QUANTISE_PRESETS = ("all", *TARGET_PRESETS[1:])
 # Starts of the adapter that take their part out of the base weights.
 MUTATED_BASE = ("pissa", "olora")
 
@@ -81,8 +83,10 @@ class TrainConfig(Options):
     lora_dropout: float = option(0.0, "dropout before the adapter", least=0, most=0.5, group="adapter")
     target_modules: str | tuple[str, ...] = option(
         "all-linear",
-        f"which linear layers get an adapter: {', '.join(TARGET_PRESETS)}, or module names",
+        f"which linear layers get an adapter: {', '.join(TARGET_PRESETS)}, module names, each also in some decoder layers: "
+        "q_proj@0-7, attention@8-15",
         presets=TARGET_PRESETS,
+        check=selectors.syntax_problem,
         group="adapter",
     )
     use_rslora: bool = option(False, "rsLoRA: divide by the square root of the rank, for high ranks", group="adapter")
@@ -97,6 +101,22 @@ class TrainConfig(Options):
 
     quant_type: str = option("nf4", "4-bit type of qlora", choices=("nf4", "fp4"), group="quantisation")
     double_quant: bool = option(True, "quantise the quantisation constants too (qlora)", group="quantisation")
+    quantize_modules: str | tuple[str, ...] = option(
+        "all",
+        "which linear layers qlora holds in 4 bits, named as target_modules are, or none; the others stay in 16 bits",
+        presets=QUANTISE_PRESETS,
+        may_be_empty=True,
+        check=selectors.syntax_problem,
+        group="quantisation",
+    )
+    int8_modules: str | tuple[str, ...] = option(
+        (),
+        "which linear layers qlora holds in int8 instead, for sensitive ones: named likewise, or none",
+        presets=QUANTISE_PRESETS,
+        may_be_empty=True,
+        check=selectors.syntax_problem,
+        group="quantisation",
+    )
     compute_dtype: str = option(
         "auto",
         "number type of matrix products; auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
@@ -142,6 +162,14 @@ class TrainConfig(Options):
     )
     rows_per_step: int = option(8, "rows that one optimizer step learns from", least=1, most=4096, group="optimizer")
     seed: int = option(42, "seed of adapter, row order, split and dropout", least=0, most=2**31 - 1, group="optimizer")
+    row_order_seed: int | None = option(
+        None,
+        "seed of the row order alone, so that equal adapters see the rows in another order; default: seed",
+        optional=True,
+        least=0,
+        most=2**31 - 1,
+        group="optimizer",
+    )
 
     token_budget: int | None = option(
         None,
@@ -257,6 +285,11 @@ class TrainConfig(Options):
                 "4-bit weights cannot give it up exactly; choose method lora, or init_lora_weights loftq, which is made for "
                 "4 bits"
             )
+        if self.method == "qlora" and not self.quantize_modules and not self.int8_modules:
+            problems.append(
+                "method is 'qlora' with quantize_modules and int8_modules none: nothing would be quantised; name layers in one "
+                "of them, or choose method lora"
+            )
         if self.method == "lora" and init == "loftq":
             problems.append(
                 "init_lora_weights is 'loftq' with method lora: it begins with what 4 bits lost, and nothing is lost here; "
@@ -277,6 +310,11 @@ class TrainConfig(Options):
                 "base; choose one of the two"
             )
         return problems
+
+    @property
+    def order_seed(self) -> int:
+        """What the row order is made from."""
+        return self.seed if self.row_order_seed is None else self.row_order_seed
 
     @property
     def alpha(self) -> float:

@@ -52,7 +52,9 @@ def _is_idle(config: TrainConfig, field: str) -> bool:
             return config.max_steps is not None
         case "eval_fraction":
             return config.eval_data is not None
-        case "quant_type" | "double_quant":
+        case "row_order_seed":
+            return config.order_seed == config.seed
+        case "quant_type" | "double_quant" | "quantize_modules" | "int8_modules":
             return config.method == "lora"
         case "score_rows" | "score_max_new_tokens":
             return config.score == "none"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_core import targets
+from qlora_core import precision, targets
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError
 from qlora_core.targets import Architecture, Layer
@@ -25,14 +25,17 @@ def targeted_layers(shape: Architecture, config: TrainConfig) -> list[Layer]:
 
 def weight_bytes(shape: Architecture, config: TrainConfig, dtype_bytes: int) -> tuple[int, int]:
     """(weights, quantisation constants) of the frozen base."""
-    if config.method != "qlora":
-        return shape.parameters * dtype_bytes, 0
-    quantised = shape.quantised_parameters
-    matrices = [layer.in_features * layer.out_features for layer in shape.layers if not layer.is_head]
-    if sum(matrices) != quantised:  # bitsandbytes leaves some out
-        matrices = [quantised]
-    constants = sum(constants_bytes(elements, double_quant=config.double_quant) for elements in matrices)
-    return (shape.parameters - quantised) * dtype_bytes + quantised // 2, constants
+    bits = precision.bits_held(shape.layers, config)
+    weights, constants = shape.parameters * dtype_bytes, 0
+    for layer in shape.layers:
+        width = bits.get(layer.name)
+        if width == 8:  # an fp32 constant for each output
+            weights -= layer.elements * (dtype_bytes - 1)
+            constants += allocated(4 * layer.out_features)
+        elif width == 4:
+            weights -= layer.elements * dtype_bytes - -(-layer.elements // 2)
+            constants += constants_bytes(layer.elements, double_quant=config.double_quant)
+    return weights, constants
 
 
 def constants_bytes(elements: int, *, double_quant: bool) -> int:

@@ -144,7 +144,9 @@ def largest_pass(config: TrainConfig, token_budget: int, row_lengths: Sequence[i
     """Tokens of the largest pass: what the rows of a step fill of the budget, at least the longest row."""
     lengths = tuple(row_lengths) or (config.max_seq_length,) * config.rows_per_step
     longest = max(lengths)
-    return max(longest, min(token_budget, _largest_step(lengths, config.rows_per_step, config.seed, config.packing)))
+    return max(
+        longest, min(token_budget, _largest_step(lengths, config.rows_per_step, config.order_seed, config.packing))
+    )
 
 
 @lru_cache(maxsize=8)

@@ -3,7 +3,7 @@
 import difflib
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     """A field with what the command line and the form say of it and the limits that validation holds it to.
 
     Limits: `choices`, `least`, `most`, `above` (exclusive), `optional` (None allowed), `presets` (names that stand for a
-    list), `group` (of the form).
+    list), `may_be_empty` (a list, also written "none"), `check` (value -> what is wrong, or None), `group` (of the form).
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -42,12 +42,14 @@ class Options:
         if value is None and limits.get("optional"):
             return None
         try:
-            value = _converted(value, spec.type, limits.get("presets", ()))
+            value = _converted(value, spec.type, limits)
         except (TypeError, ValueError, OverflowError):
             return f"{spec.name} is {SHORT.repr(value)}; it must be {_described(spec.type)} ({limits['help']})"
         object.__setattr__(self, spec.name, value)
         if "choices" in limits and value not in limits["choices"]:
             return f"{spec.name} is {SHORT.repr(value)}; choose one of {', '.join(limits['choices'])}"
+        if "check" in limits and (wrong := limits["check"](value)):
+            return f"{spec.name}: {wrong}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return _range_problem(spec.name, value, limits)
         return None
@@ -96,7 +98,7 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
-def _converted(value: Any, kind: Any, presets: Sequence[str] = ()) -> Any:
+def _converted(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """`value` as the field's type. Raises TypeError or ValueError where that would change its meaning."""
     wanted = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
     if (wanted == "bool") != isinstance(value, bool):
@@ -104,13 +106,7 @@ def _converted(value: Any, kind: Any, presets: Sequence[str] = ()) -> Any:
     if wanted == "bool":
         return value
     if "tuple" in wanted:
-        if isinstance(value, str) and wanted.startswith("str"):
-            return _names(value, presets)
-        if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) and part for part in value):
-            raise TypeError
-        if not value and wanted.startswith("str"):
-            raise ValueError
-        return tuple(value)
+        return _names(value, limits) if wanted.startswith("str") else _list_of_names(value)
     if "int" in wanted:
         if isinstance(value, float) and not value.is_integer():
             raise ValueError
@@ -122,14 +118,22 @@ def _converted(value: Any, kind: Any, presets: Sequence[str] = ()) -> Any:
     return value
 
 
-def _names(text: str, presets: Sequence[str]) -> str | tuple[str, ...]:
-    """A preset as it is, else comma-separated names."""
-    if text in presets:
-        return text
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+def _names(value: Any, limits: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Names in a list or between commas; one preset as it is."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    names = _list_of_names(value)
+    if limits.get("may_be_empty") and names in ((), ("none",)):
+        return ()
     if not names:
         raise ValueError
-    return names
+    return names[0] if len(names) == 1 and names[0] in limits.get("presets", ()) else names
+
+
+def _list_of_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) and part for part in value):
+        raise TypeError
+    return tuple(value)
 
 
 def _described(kind: Any) -> str:

@@ -195,7 +195,7 @@ def test_every_setting_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             others[spec.name] = not spec.default
         elif spec.name in ("data", "eval_data"):
             others[spec.name] = str(tmp_path / f"{spec.name}.jsonl")
-        elif spec.name in ("target_modules", "score_fields"):
+        elif "tuple" in str(spec.type):
             others[spec.name] = ("one", "two")
         elif "str" in str(spec.type):
             others[spec.name] = "other"

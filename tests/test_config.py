@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_core.config import TARGET_PRESETS, TEMPLATES, TrainConfig, replace
+from qlora_core.config import TEMPLATES, TrainConfig, replace
 from qlora_core.errors import ConfigError
+from qlora_core.selectors import syntax_problem
 
 
 def strategy(spec: Any) -> st.SearchStrategy[Any]:
@@ -23,8 +24,9 @@ def strategy(spec: Any) -> st.SearchStrategy[Any]:
         values: st.SearchStrategy[Any] = st.sampled_from(limits["choices"])
     elif spec.type is bool:
         values = st.booleans()
-    elif spec.name == "target_modules":
-        values = st.sampled_from(TARGET_PRESETS) | st.lists(names, min_size=1, max_size=3).map(tuple)
+    elif "presets" in limits:
+        named = st.sampled_from(["q_proj@0-7", "mlp@3"]) | names.filter(lambda name: not syntax_problem([name]))
+        values = st.sampled_from(limits["presets"]) | st.lists(named, min_size=1, max_size=3).map(tuple)
     elif spec.name == "score_fields":
         values = st.just(())
     elif "int" in kind:
@@ -108,6 +110,11 @@ def test_every_wrong_and_unknown_field_is_named_at_once() -> None:
         ("target_modules", [], "target_modules"),
         ("target_modules", " , ", "a list of names"),
         ("target_modules", ["q_proj", 3], "a list of names"),
+        ("target_modules", "q_proj@7-3, k_proj", "'q_proj@7-3' ends before it begins; write q_proj@3-7"),
+        ("target_modules", "@0-3", "names no layers; write all@0-3"),
+        ("quantize_modules", "mlp@x", "no range of layers after @; write mlp@0-7, or mlp@5"),
+        ("int8_modules", ["mlp@-1"], "no range of layers"),
+        ("int8_modules", 8, "a list of names"),
         ("score_fields", "priority", "a list of names"),
         ("data", 7, "a text"),
         ("name", None, "a text"),
@@ -181,6 +188,7 @@ def test_config_is_frozen_and_derived_values_are_checked_again() -> None:
     assert (replace(config, rank=16).alpha, replace(config, lora_alpha=5).alpha) == (32.0, 5.0)
     assert config.run_name() == "tickets-qlora-r8"
     assert replace(config, name="mine").run_name() == "mine"
+    assert replace(config, seed=7).order_seed == 7 and replace(config, seed=7, row_order_seed=0).order_seed == 0
 
 
 def test_every_field_says_what_it_is_and_has_a_place_in_the_form() -> None:
@@ -195,6 +203,10 @@ def test_every_field_says_what_it_is_and_has_a_place_in_the_form() -> None:
         ({"method": "qlora", "init_lora_weights": "pissa"}, r"'pissa' with method qlora.*method lora, or .*loftq"),
         ({"method": "qlora", "init_lora_weights": "olora"}, r"'olora' with method qlora.*method lora, or .*loftq"),
         ({"method": "lora", "init_lora_weights": "loftq"}, r"'loftq' with method lora.*choose method qlora"),
+        (
+            {"method": "qlora", "quantize_modules": "none"},
+            r"nothing would be quantised; name layers.*choose method lora",
+        ),
         ({"init_lora_weights": "loftq", "quant_type": "fp4"}, r"'loftq' with quant_type fp4; set quant_type to nf4"),
         ({"init_lora_weights": "orthogonal", "rank": 7}, r"'orthogonal' with rank 7; it needs an even rank"),
         (
@@ -206,6 +218,23 @@ def test_every_field_says_what_it_is_and_has_a_place_in_the_form() -> None:
 def test_what_peft_cannot_combine_is_refused_with_the_remedy(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("all", "all"),
+        (["attention"], "attention"),
+        ("attention, mlp@0-3", ("attention", "mlp@0-3")),
+        ("none", ()),
+        ([], ()),
+        (["none"], ()),
+    ],
+)
+def test_quantised_layers_are_named_in_every_notation(written: Any, meant: Any) -> None:
+    config = TrainConfig(quantize_modules=written, int8_modules="mlp")
+    assert config.quantize_modules == meant
+    assert TrainConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_all_impossible_combinations_are_named_at_once() -> None:

@@ -44,11 +44,11 @@ def shape(hidden: int, layers: int, inner: int, vocabulary: int, key_value: int)
         "mlp.down_proj": (inner, hidden),
     }
     body = [Layer(f"model.layers.{i}.{name}", *size) for i in range(layers) for name, size in parts.items()]
-    quantised = sum(layer.in_features * layer.out_features for layer in body)
+    weights = sum(layer.elements for layer in body)
     head = Layer("lm_head", hidden, vocabulary, is_head=True)
     return Architecture(
-        model_type="llama", layers=(*body, head), parameters=quantised + 2 * vocabulary * hidden,
-        quantised_parameters=quantised, vocabulary=vocabulary, hidden_size=hidden, layer_count=layers,
+        model_type="llama", layers=(*body, head), parameters=weights + 2 * vocabulary * hidden,
+        vocabulary=vocabulary, hidden_size=hidden, layer_count=layers,
         attention_heads=hidden // 64, key_value_heads=key_value // 64, head_dim=64, intermediate_size=inner,
         fusable=True,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def test_the_sentence_counts_modules_layers_and_weights():
     sizes = {"vocabulary": 100, "hidden_size": 8, "layer_count": 3, "intermediate_size": 16}
     heads = {"attention_heads": 2, "key_value_heads": 1, "head_dim": 4}
     small = Architecture(
-        model_type="llama", layers=llama_like(), parameters=100_000, quantised_parameters=1_920, fusable=True,
+        model_type="llama", layers=llama_like(), parameters=100_000, fusable=True,
         **sizes, **heads,
     )  # fmt: skip
     said = targets.sentence(small, TrainConfig(rank=4))

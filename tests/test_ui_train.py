@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
 LAYERS = tuple(Layer(f"model.layers.{i}.{name}", 64, 64) for i in range(2) for name in NAMES)
 SHAPE = Architecture(
-    model_type="llama", layers=LAYERS, parameters=80_000, quantised_parameters=40_960, vocabulary=400, hidden_size=64,
+    model_type="llama", layers=LAYERS, parameters=80_000, vocabulary=400, hidden_size=64,
     layer_count=2, attention_heads=4, key_value_heads=4, head_dim=16, intermediate_size=128, fusable=False,
 )  # fmt: skip
 

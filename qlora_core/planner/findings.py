@@ -10,6 +10,7 @@ from qlora_core.memory import GIB
 from qlora_core.planner.facts import Facts, learning_rate_for, length_for, rank_for
 from qlora_core.planner.fitting import planned, rank_for_memory, usable_bytes, with_settings
 from qlora_core.scores import wilson_interval
+from qlora_core.selectors import as_list
 
 STOP, WARN, NOTE = "stop", "warn", "note"
 FEW_ROWS, MANY_EPOCHS, FEW_EVAL_ROWS = 5_000, 5, 30
@@ -75,6 +76,11 @@ def _adapter(facts: Facts) -> list[Finding]:
             WARN, "Query and value layers are not both adapted",
             "Attention learns most through these two; an adapter on all linear layers comes closest to full fine-tuning.",
             {"target_modules": "all-linear"}, "Target all linear layers",
+        ))  # fmt: skip
+    if facts.architecture and (fused := targets.not_apart(facts.architecture.layers, config.target_modules)):
+        found.append(Finding(
+            NOTE, f"Query, key and value are one matrix here, {fused}",
+            f"They cannot be adapted apart: {', '.join(as_list(config.target_modules))} adapts all three.",
         ))  # fmt: skip
     return found
 

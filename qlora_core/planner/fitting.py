@@ -8,6 +8,7 @@ from qlora_core.config import TrainConfig
 from qlora_core.footprint import targeted_layers
 from qlora_core.memory import GIB, Planned
 from qlora_core.planner.facts import USABLE, Device, Facts, rank_for
+from qlora_core.precision import has_int8
 from qlora_core.targets import Architecture
 
 RANK_STEPS = (4, 8, 16, 32, 64, 128, 256)
@@ -55,7 +56,8 @@ def can_fuse(facts: Facts) -> bool:
     """Whether the worker will use decoder layers of its own, as far as can be known before it has tried them."""
     config, device = facts.config, facts.device
     in_bf16 = device.has_bf16 and config.compute_dtype in ("auto", "bf16")
-    return facts.architecture.fusable and in_bf16 and config.packing == "auto" and not config.use_dora
+    known = facts.architecture.fusable and not config.use_dora and not has_int8(config)
+    return known and in_bf16 and config.packing == "auto"
 
 
 def planned(facts: Facts) -> Planned | None:

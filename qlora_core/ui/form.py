@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core.config import TARGET_PRESETS, TrainConfig
+from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
 
@@ -53,6 +53,9 @@ LABELS = {
     "use_rslora": "rsLoRA",
     "use_dora": "DoRA",
     "init_lora_weights": "Start of the adapter",
+    "quantize_modules": "Layers in 4 bits",
+    "int8_modules": "Layers in int8",
+    "row_order_seed": "Seed of the row order",
     "loraplus_lr_ratio": "LoRA+ learning-rate ratio",
     "neftune_noise_alpha": "NEFTune noise",
     "keep_checkpoints": "Checkpoints kept",
@@ -70,6 +73,7 @@ CHOICE_LABELS = {
 }
 # What an empty field stands for, where it is not chosen by itself.
 EMPTY_MEANS = {
+    "row_order_seed": "the seed",
     "loraplus_lr_ratio": "off",
     "neftune_noise_alpha": "off",
     "early_stopping_patience": "off",
@@ -102,10 +106,9 @@ def component(name: str, value: Any) -> gr.components.Component:
     spec, label = SPECS[name], LABELS.get(name, name.replace("_", " ").capitalize())
     common = {"label": label, "info": spec.metadata["help"], "elem_id": f"field-{name}", "interactive": True}
     choices = CHOICE_LABELS.get(name) or list(spec.metadata.get("choices", ()))
-    if name in ("base_model", "target_modules"):
-        return gr.Dropdown(
-            choices or list(TARGET_PRESETS), value=to_form(name, value), allow_custom_value=True, **common
-        )
+    if name == "base_model" or "presets" in spec.metadata:
+        named = [*spec.metadata.get("presets", ()), *(["none"] if spec.metadata.get("may_be_empty") else [])]
+        return gr.Dropdown(choices or named, value=to_form(name, value), allow_custom_value=True, **common)
     if name == "template":  # filled by the choice beside it; a template may have many lines
         common["info"] = "A Jinja chat template; it begins as the model's own."
         return gr.Textbox(value=value, lines=6, max_lines=16, elem_classes="lab-code", **common)
@@ -125,7 +128,9 @@ def to_form(name: str, value: Any) -> Any:
     """A field's value as its component holds it."""
     if _optional(name):
         return "" if value is None else str(value)
-    return ", ".join(value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return ", ".join(value) or ("none" if SPECS[name].metadata.get("may_be_empty") else "")
+    return value
 
 
 def to_config(values: dict[str, Any], dataset: dict[str, Any]) -> TrainConfig:
@@ -156,7 +161,7 @@ def _missing(name: str, values: dict[str, Any]) -> bool:
 
 def wrong_fields(problems: Iterable[str]) -> list[str]:
     """The fields that problems begin with, so that the page can mark them."""
-    found = (re.match(r"[a-z_]+", problem) for problem in problems)
+    found = (re.match(r"[a-z0-9_]+", problem) for problem in problems)
     return [match[0] for match in found if match and match[0] in SPECS]
 
 
@@ -170,7 +175,7 @@ def command_line(config: TrainConfig) -> str:
         if isinstance(value, bool):
             parts.append(f"--{option}" if value else f"--no-{option}")
         else:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            text = (",".join(value) or "none") if isinstance(value, tuple) else str(value)
             parts.append(f"--{option} {shlex.quote(_short(text) if spec.name in ('data', 'eval_data') else text)}")
     return " \\\n  ".join(["python -m qlora_core train", *parts])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core import queue, targets
+from qlora_core import precision, queue, targets
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError, LabError
@@ -276,12 +276,15 @@ def marked_problems(problems: tuple[str, ...]) -> str:
 
 
 def layers_text(config: TrainConfig, looked: Looked | None) -> str:
-    """Which layers get an adapter, and how many weights. Raises ConfigError where none does."""
+    """Which layers get an adapter, how many weights, and how the base is held. Raises ConfigError where layers are none of the
+    model's."""
     if looked is None:
         return "Reading the model’s layers …"
     if looked.architecture is None:
         return looked.problem or "The model’s layers are not known."
-    return f"Adapter on {targets.sentence(looked.architecture, config)}"
+    precision.check(looked.architecture.layers, config)
+    held = precision.sentence(looked.architecture.layers, config)
+    return f"Adapter on {targets.sentence(looked.architecture, config)}" + (f". Base: {held}" if held else "")
 
 
 def plan_html(config: TrainConfig, rows: int, layers: str | None, *, evaluated_apart: bool = False) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_core.targets import Architecture, Layer
@@ -57,7 +58,6 @@ def _described(kind: type[PreTrainedModel], config: PreTrainedConfig) -> dict[st
         "model_type": config.model_type,
         "layers": [list(asdict(layer).values()) for layer in layers],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "quantised_parameters": _quantised_parameters(model),
         "vocabulary": embedding.shape[0],
         "hidden_size": embedding.shape[1],
         "layer_count": config.get_text_config().num_hidden_layers,
@@ -79,8 +79,10 @@ def _sizes(config: Any, hidden: int) -> dict[str, int]:
 
 
 def linear_layers(model: PreTrainedModel) -> list[Layer]:
-    """Every linear layer that PEFT could adapt, in the model's order; the output embedding is the head."""
+    """Every linear layer that PEFT could adapt, in the model's order; the output embedding is the head. bitsandbytes holds those
+    but the ones that transformers leaves out, and subclasses (Falcon's)."""
     head, refused, layers = model.get_output_embeddings(), refused_names(model.config.model_type), []
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):  # GPT-2's, which holds its weight transposed
             sizes = module.nx, module.nf
@@ -89,7 +91,9 @@ def linear_layers(model: PreTrainedModel) -> list[Layer]:
         else:
             continue
         adaptable = name.rsplit(".", 1)[-1] not in refused
-        layers.append(Layer(name, *sizes, is_head=module is head, is_adaptable=adaptable))
+        holdable = type(module) is torch.nn.Linear or isinstance(module, (Conv1D, Linear4bit, Linear8bitLt))
+        quantisable = holdable and should_convert_module(name, kept)
+        layers.append(Layer(name, *sizes, module is head, adaptable, quantisable))
     return layers
 
 
@@ -97,17 +101,6 @@ def refused_names(model_type: str) -> set[str]:
     """Last names of layers that PEFT adapts not at all, or takes for names of expert weights, which are no layers here."""
     experts = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), {})
     return set(experts) | (PAST_THE_LAYER if model_type in MAMBA_TYPES else set())
-
-
-def _quantised_parameters(model: PreTrainedModel) -> int:
-    """Weights that bitsandbytes holds in 4 bits: of linear layers but those that transformers leaves out,
-    subclasses (Falcon's) among them."""
-    kept = get_keys_to_not_convert(model)
-    return sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
-    )
 
 
 def main() -> None:

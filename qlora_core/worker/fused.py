@@ -36,7 +36,7 @@ def problem_with(model: Any) -> str | None:
     for layer in base.layers:
         attention, mlp = layer.self_attn, layer.mlp
         if not all(_is_linear(linear) for group in groups_of(layer) for linear in group):
-            return "its layers hold other ones than linear ones of 4 or 16 bits"
+            return "its layers hold other ones than linear ones of 4 or 16 bits, such as int8 ones"
         if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
             return f"its activation is {type(mlp.act_fn).__name__}"
         if attention.attention_dropout:

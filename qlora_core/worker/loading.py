@@ -1,23 +1,23 @@
-"""Base model folder -> model with an adapter, in 16 bits or NF4, ready to train."""
+"""Base model folder -> model with an adapter, in 16 bits or quantised layer by layer, ready to train."""
 
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_core import targets
+from qlora_core import precision, targets
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ConfigError, ModelError
 from qlora_core.worker.architecture import causal_language_model, linear_layers
 from qlora_core.worker.hardware import DTYPES
+from qlora_core.worker.quantising import QUANTISED, MixedConfig, quantization
 from qlora_core.worker.shards import ShardAtHand, Shards
 
 CPU = torch.device("cpu")
@@ -35,23 +35,22 @@ def load_base(
     four_bit: bool | None = None,
     shard_at_hand: ShardAtHand = nullcontext,
 ) -> PreTrainedModel:
-    """The frozen base: 16 (or 32) bits for lora, 4 bits for qlora, unless `four_bit` says otherwise. Safetensors only,
-    never code of the model's own.
+    """The frozen base: 16 (or 32) bits for lora; for qlora 4 bits, and int8 or 16 in the layers that the config wants so; unless
+    `four_bit` says that it is quantised, or not. Safetensors only, never code of the model's own.
 
     Tensor by tensor: each goes to the device and is quantised there before the next is read, so that beside the finished
-    model there is one tensor in 16 bits on the device, and one on the host. Raises ModelError.
+    model there is one tensor in 16 bits on the device, and one on the host. Raises ModelError, and ConfigError for layers that
+    the model does not have.
     """
-    quantization = None
-    if config.method == "qlora" if four_bit is None else four_bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quant_type,
-            bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[dtype],
-        )
+    how = quantization(config, DTYPES[dtype]) if (config.method == "qlora" if four_bit is None else four_bit) else None
     shortages = shortages_of_memory(device)
     try:
         kind, architecture = causal_language_model(folder)
+        if isinstance(how, MixedConfig) and getattr(architecture, "quantization_config", None) is not None:
+            raise ModelError(
+                f"base model {folder}: was saved quantised, so it cannot be held otherwise; leave quantize_modules and "
+                "int8_modules out, or choose the model as it was before"
+            )
         with Shards(folder, shard_at_hand) as shards:
             model, found = kind.from_pretrained(
                 None,
@@ -59,7 +58,7 @@ def load_base(
                 generation_config=generation_config(folder),
                 state_dict=shards,
                 dtype=DTYPES[dtype],
-                quantization_config=quantization,
+                quantization_config=how,
                 device_map={"": device},
                 trust_remote_code=False,
                 local_files_only=True,
@@ -77,14 +76,15 @@ def load_base(
             f"needs ({', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}); fetch it again, whole"
         )
     model.name_or_path = model.config.name_or_path = str(folder)
-    if quantization and not any(isinstance(module, Linear4bit) for module in model.modules()):
+    if how and not any(isinstance(module, QUANTISED) for module in model.modules()):
         raise ModelError(
             f"base model {folder}: bitsandbytes puts none of its layers ({type(model).__name__}) into 4 bits, so this would not "
             "be QLoRA; choose method lora"
         )
-    if any(name.endswith(".dt_proj") and isinstance(module, Linear4bit) for name, module in model.named_modules()):
+    if any(name.endswith(".dt_proj") and isinstance(module, QUANTISED) for name, module in model.named_modules()):
         raise ModelError(  # Mamba, Falcon-Mamba and Jamba multiply with its weight themselves, which packed bits do not allow
-            f"base model {folder}: {type(model).__name__} cannot compute with dt_proj in 4 bits; choose method lora"
+            f"base model {folder}: {type(model).__name__} cannot compute with dt_proj in 4 or 8 bits; choose method lora, or name "
+            "other layers in quantize_modules"
         )
     forbid_cpu_repacking(model)
     model.requires_grad_(False)
@@ -125,8 +125,9 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
     """
     layers = linear_layers(model)
     targeted = targets.resolve(layers, config.target_modules)
-    # GPT-2's Conv1D holds its weight transposed; PEFT sets this itself, with a warning, when it is left out.
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    # GPT-2's Conv1D holds its weight transposed; PEFT sets this itself, with a warning, when it is left out. What is quantised
+    # is not, but the base may be another when the adapter is loaded.
+    transposed = any(Conv1D in (type(m), getattr(m, "source_cls", None)) for m in model.modules())
     if transposed and config.init_lora_weights == "olora":
         raise ConfigError(
             f"init_lora_weights is 'olora': PEFT mistakes the transposed layers of {base_name} for plain ones; choose pissa"
@@ -153,7 +154,8 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
     if config.init_lora_weights == "loftq":
         dtype = next(name for name, kind in DTYPES.items() if kind == model.dtype)
         original = load_base(Path(model.name_or_path), config, device=CPU, dtype=dtype, four_bit=False)
-        begin_with_what_4_bits_lost(adapted, original)
+        if not begin_with_what_was_lost(adapted, original):
+            raise ConfigError(precision.NOTHING_LOST)
     narrow = {len(p) for name, p in adapted.named_parameters() if "lora_A" in name and len(p) != config.rank}
     if narrow:  # the singular vectors of a layer are no more than its narrower side
         raise ConfigError(
@@ -168,11 +170,12 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, *, base_name: str) 
 
 
 @torch.no_grad()
-def begin_with_what_4_bits_lost(adapted: Any, original: PreTrainedModel) -> None:
+def begin_with_what_was_lost(adapted: Any, original: PreTrainedModel) -> int:
     """LoftQ with one iteration (https://arxiv.org/abs/2310.08659): of each quantised layer, the rank-r matrices B and A
-    for which scale * B·A is nearest to original - quantised weight (truncated SVD)."""
+    for which scale * B·A is nearest to original - quantised weight (truncated SVD). Returns the number of such layers."""
+    begun = 0
     for name, layer in adapted.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), Linear4bit):
+        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), QUANTISED):
             continue  # a layer that kept its 16 bits has lost nothing: its adapter begins as plain ones do
         weight = original.get_submodule(name).weight
         weight = weight.T if isinstance(original.get_submodule(name), Conv1D) else weight
@@ -185,6 +188,8 @@ def begin_with_what_4_bits_lost(adapted: Any, original: PreTrainedModel) -> None
         )
         layer.lora_A["default"].weight.data = (v * s.sqrt())[:, :rank].T.contiguous()
         layer.lora_B["default"].weight.data = (u * s.sqrt())[:, :rank].contiguous()
+        begun += 1
+    return begun
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -18,6 +18,7 @@ from qlora_core.settings import Settings
 from qlora_core.tokens import end_token, load_tokenizer
 from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.loading import load_base
+from qlora_core.worker.quantising import dequantize
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def merge_onto(run: Run, onto: str, *, folder: Path | None = None) -> Path:
     """Writes `merged-<onto>` in safetensors shards, with the tokenizer that training used. Runs on the CPU.
 
     Onto "dequantized": the base is quantised as training quantised it and then dequantised; merged into that, the
-    model keeps the behaviour that was trained. Adding into the 4-bit weights would round the update away.
+    model keeps the behaviour that was trained. Adding into the quantised weights would round the update away.
 
     Added up in the number type that the run computed in, and rounded once: to fp16 for an fp16 run, else to bf16.
     """
@@ -34,7 +35,7 @@ def merge_onto(run: Run, onto: str, *, folder: Path | None = None) -> Path:
     dtype = (run.result() or {"run_info": {"compute_dtype": "bf16"}})["run_info"]["compute_dtype"]
     model = load_base(base.folder, config, device=CPU, dtype=dtype, four_bit=onto == "dequantized")
     if onto == "dequantized":
-        model = model.dequantize().to(DTYPES[dtype])
+        model = dequantize(model, DTYPES[dtype])
     merged = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()
     merged = merged.to(torch.float16 if dtype == "fp16" else torch.bfloat16)
     return _save(run, merged, folder or folder_of(run, onto, "16bit"))
@@ -46,7 +47,7 @@ def export_nf4(run: Run, onto: str) -> Path:
     temporary = folder.with_name(f"{folder.name}.16bit")
     if not is_current(run, merged):
         merged = merge_onto(run, onto, folder=temporary)
-    config = replace(run.config(), quant_type="nf4", double_quant=True)
+    config = replace(run.config(), quant_type="nf4", double_quant=True, quantize_modules="all", int8_modules=())
     quantised = load_base(merged, config, device=CPU, dtype="bf16", four_bit=True)
     _save(run, quantised, folder)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -123,7 +123,9 @@ class Stepper:
         return worst
 
     def rows_of(self, step: int) -> list[Row]:
-        return [self.rows[i] for i in step_rows(len(self.rows), self.config.rows_per_step, step, self.config.seed)]
+        return [
+            self.rows[i] for i in step_rows(len(self.rows), self.config.rows_per_step, step, self.config.order_seed)
+        ]
 
     def take(self, step: int) -> events.Step:
         """Optimizer step number `step`, counted from 0; returns what is to be said of it. Raises TrainingError."""
