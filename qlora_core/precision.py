@@ -31,7 +31,7 @@ def bits(layers: Sequence[Layer], config: TrainConfig) -> dict[str, int]:
             wrong.append(f"{', '.join(refused)} of this model can only be held in 16 bits")
         if wrong:
             remedy = f"name other layers of {', '.join(selectors.last_names(able))}" if able else "choose method lora"
-            problems.append(f"{field} is {', '.join(selectors.as_list(given))!r}: {' and '.join(wrong)}; {remedy}")
+            problems.append(f"{field} is {', '.join(selectors.as_list(given))!r}: {'; '.join(wrong)}; {remedy}")
         chosen |= dict.fromkeys(found, width)
     if problems:
         raise ConfigError(*problems)

@@ -78,7 +78,7 @@ def resolve(layers: Sequence[Layer], target_modules: str | Sequence[str]) -> lis
         problems.append(f"PEFT cannot adapt {', '.join(refused)} of this model by itself")
     if problems:
         raise ConfigError(
-            f"target_modules is {', '.join(selectors.as_list(target_modules))!r}: {' and '.join(problems)}; name other layers "
+            f"target_modules is {', '.join(selectors.as_list(target_modules))!r}: {'; '.join(problems)}; name other layers "
             f"of {', '.join(last_names(layers))}"
         )
     return [layer for layer in layers if layer.name in found]

@@ -167,8 +167,9 @@ def test_a_layer_of_transformers_keeps_what_autograd_saves(dtype, packed, change
     assert expected.layer == pytest.approx(found[1] - found[0], rel=0.03)
 
 
-def test_a_layer_in_4_bits_keeps_what_autograd_saves(tmp_path):
-    config, tokens, found = TrainConfig(method="qlora", rank=8), 256, []
+@pytest.mark.parametrize("int8", ["none", "all", "mlp,k_proj"])
+def test_a_quantised_layer_keeps_what_autograd_saves(int8, tmp_path):
+    config, tokens, found = TrainConfig(method="qlora", rank=8, int8_modules=int8), 256, []
     for layers in (2, 3):
         tiny_llama(torch.bfloat16, layers).save_pretrained(tmp_path / str(layers))
         model = load_base(tmp_path / str(layers), config, device=CPU, dtype="bf16")
@@ -189,11 +190,15 @@ def test_a_model_that_was_loaded_by_its_text_part_is_described():
     assert (shape.layer_count, shape.hidden_size, shape.key_value_heads, shape.fusable) == (3, 64, 2, False)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    "held",
+    [{"method": "lora"}, {"method": "qlora"}, {"quantize_modules": "k_proj@0,o_proj,down_proj@1"}],
+    ids=["16 bits", "4 bits", "mixed"],
+)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_a_fused_layer_keeps_what_the_worker_keeps(name, method):
+def test_a_fused_layer_keeps_what_the_worker_keeps(name, held):
     """To the byte, but for the logarithms of attention's sums, which only a GPU's kernel keeps."""
-    config, tokens, shape = TrainConfig(method=method, rank=8), 48, told(name)
+    config, tokens, shape = TrainConfig(rank=8, **held), 48, told(name)
     model = add_adapter(load_base(model_folder(name), config, device=CPU, dtype="bf16"), config, base_name="x")
     fused = FusedModel(model, dropout=0.0, dtype=torch.bfloat16)
     x = torch.randn(tokens, shape.hidden_size, dtype=torch.bfloat16)
@@ -205,13 +210,12 @@ def test_a_fused_layer_keeps_what_the_worker_keeps(name, method):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in vars(kept).values() if torch.is_tensor(t)}
     expected = fused_pass(shape, config, targeted_layers(shape, config), tokens, 1.0, 2)
     assert expected.layer - 4 * tokens * shape.attention_heads == sum(s.nbytes() for s in storages.values())
-    # Of 4-bit layers one scratch tensor for all; 16-bit ones have their adapters beside them.
+    # Of layers that share an input, one of them in 4 bits, one scratch tensor for all; 16-bit ones have their adapters beside.
     projections = [p for layer in fused.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    if method == "qlora":
-        assert (expected.buffers, expected.copies) == (projections[0].whole.untyped_storage().nbytes(), 0)
-    else:
-        beside = sum(p.whole.numel() - p.outputs * p.inputs for p in projections)
-        assert (expected.buffers, expected.copies) == (0, 2 * beside)
+    scratch = {p.whole.untyped_storage().nbytes() for p in projections if not p.is_held}
+    beside = sum(p.whole.numel() - p.outputs * p.inputs for p in projections if p.is_held)
+    assert (expected.buffers, expected.copies) == (sum(scratch), 2 * beside)
+    assert len(scratch) == (config.method == "qlora")
     held = fused.adapters.weights.numel() * 4 + fused.adapters.copies.numel() * 2
     assert adapter_bytes(targeted_layers(shape, config), config, 2, fused=True) == held
 

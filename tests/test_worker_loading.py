@@ -124,9 +124,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_one_matrix_at_a_time_is_in_16_bits(stored: torch.dtype, tmp_path: Path, watched: list[int]) -> None:
+@pytest.mark.parametrize("int8", ["none", "all", "attention,mlp@1"])
+def test_one_matrix_at_a_time_is_in_16_bits(int8: str, stored: torch.dtype, tmp_path: Path, watched: list[int]) -> None:
     folder = in_shards(model_folder(dtype=stored), tmp_path)
-    streamed(folder, "qlora")
+    loading.load_base(folder, TrainConfig(int8_modules=int8), device=CPU, dtype="bf16")
     largest = max(t.nbytes for f in folder.glob("*.safetensors") for n, t in load_file(f).items() if ".layers." in n)
     assert len(watched) == 14 and max(watched) <= largest
 

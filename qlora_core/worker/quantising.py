@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from bitsandbytes.functional import int8_vectorwise_quant
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -20,6 +19,8 @@ from qlora_core.worker.architecture import linear_layers
 
 QUANTISED = (Linear4bit, Linear8bitLt)
 MIXED = "bitsandbytes_mixed"
+# Of a matrix that are made whole numbers at once.
+ROWS = 1024
 
 
 def quantization(config: TrainConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -106,9 +107,15 @@ class Quantise(ConversionOps):
 def in_int8(weight: torch.Tensor) -> Int8Params:
     """[outputs, inputs] -> whole numbers of -127 to 127, and for each row (an output) its largest magnitude in fp32.
 
-    LLM.int8's way for weights (https://arxiv.org/abs/2208.07339): a number n stands for n / 127 of that magnitude.
+    LLM.int8's way for weights (https://arxiv.org/abs/2208.07339): a number n stands for n / 127 of that magnitude. Computed in
+    fp32, so that a merge on a CPU finds the numbers that a GPU trained with; bitsandbytes rounds to fp16 first.
     """
-    numbers, largest, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+    largest = weight.abs().amax(dim=1).float()
+    steps_a_unit = 127 / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for begin in range(0, len(weight), ROWS):  # no second matrix in fp32
+        part = slice(begin, begin + ROWS)
+        numbers[part] = (weight[part].float() * steps_a_unit[part]).round_()
     return Int8Params(numbers, requires_grad=False, has_fp16_weights=False, CB=numbers, SCB=largest)
 
 
