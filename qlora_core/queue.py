@@ -1,5 +1,6 @@
 """Who is next: ordered files under one short lock, and the only place that starts a worker process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def resume(run: Run, *, max_steps: int | None = None) -> None:
     RunError for a run in another state, or one that has made those steps already.
     """
     status = run.status()
+    if run.analysis() and max_steps is not None:
+        raise RunError(f"{run.run_id}: compares the runs of a study and has no steps to continue; analyse the study again")
     if run.combination() and (status.state == FINISHED or max_steps is not None):
         raise RunError(
             f"{run.run_id}: combines adapters and has no steps to continue; merge it and train on the merge "
@@ -104,11 +107,25 @@ def start_next(settings: Settings) -> list[Run]:
                 entry.unlink(missing_ok=True)
                 continue
             try:
-                if _start(run, entry):
+                if not _waits_for_others(run) and _start(run, entry):
                     started.append(run)
             except RunError:  # unreadable: it stays, for a person to see and delete, and holds nobody up
                 continue
     return started
+
+
+def _waits_for_others(run: Run) -> bool:
+    """An analysis compares what has ended: on a machine of several GPUs its study's last runs may still train."""
+    analysis = run.analysis()
+    if analysis is None:
+        return False
+    try:
+        study = json.loads((run.settings.home / "studies" / analysis["study_id"] / "study.json").read_text())
+    except (OSError, ValueError):  # gone: its worker says so
+        return False
+    ids = {entry["run_id"] for entry in study["runs"]}
+    waiting = {entry.name.partition("-")[2] for entry in queue_entries(run.settings)}
+    return any(i in waiting or Run(run.settings.runs / i, run.settings).is_locked() for i in ids if i)
 
 
 def _launched_since(run: Run, entry: Path) -> bool:

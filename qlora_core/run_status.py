@@ -129,7 +129,7 @@ def _detail(run: "Run", status: RunStatus, attempt: list[Event]) -> str:
     if status.state == FINISHED:
         return _newest(attempt, events.Finished).reason or f"finished after {step} steps"
     if status.state == STOPPED:
-        first = "the adapters were combined" if run.combination() else "the first step"
+        first = "the first step" if run.trains else "the adapters were combined" if run.combination() else "its end"
         return f"saved at step {step}" if saved is not None else f"stopped before {first}"
     if status.state == FAILED:
         return _newest(attempt, events.Failed).reason

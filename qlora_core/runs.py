@@ -80,6 +80,16 @@ class Run:
         path = self.path / "combination.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def analysis(self) -> dict[str, Any] | None:
+        """The study that this run compares the adapters of instead of training one (studies.py); None for others."""
+        path = self.path / "analysis.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it learns an adapter of its own, in steps."""
+        return self.combination() is None and self.analysis() is None
+
     def events(self, offset: int = 0) -> tuple[list[Event], int]:
         return events.read(self.events_path, offset)
 

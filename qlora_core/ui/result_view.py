@@ -11,6 +11,8 @@ from qlora_core.ui.words import empty, esc, facts, loss, seconds, share, size
 
 def result_html(run: Run, status: RunStatus) -> str:
     """Measured figures of a run that has ended with an adapter; before that, what will stand here."""
+    if run.analysis():
+        return empty("Analysis of a study", "What it finds stands on the Compare tab.")
     result = run.result()
     if result is None and status.state not in (RUNNING, QUEUED):
         return empty("No result", "The run ended before it had an adapter. What happened tells why.")

@@ -82,8 +82,8 @@ def with_adapter(found: Sequence[RunStatus], settings: Settings) -> list[tuple[s
 @lru_cache(maxsize=1024)
 def kind_chips(run: Run) -> str:
     """What of a run's kind the table shows beside its method; a run's kind never changes."""
-    if run.combination():
-        return '<span class="lab-variant">combined</span>'
+    if not run.trains:
+        return f'<span class="lab-variant">{"combined" if run.combination() else "analysis"}</span>'
     return variant_chips(run.config())
 
 
@@ -125,7 +125,7 @@ def head_html(status: RunStatus, run: Run, known: Sequence[RunStatus] = ()) -> s
     combination = run.combination()
     # A failed run's detail is the worker's reason and may be long.
     told = "training" if status.detail == f"step {status.step} of {status.total_steps}" else status.detail
-    meaning = _what_next(status) or ("" if combination else "&nbsp;")
+    meaning = _what_next(status) or ("&nbsp;" if run.trains else "")
     hint = f'<br><span class="lab-hint">{meaning}</span>' if meaning else ""
     kind = f"{METHOD_NAMES[status.method]} · rank {status.rank} · {esc(status.base_model)} {kind_chips(run)}"
     return (
@@ -133,7 +133,7 @@ def head_html(status: RunStatus, run: Run, known: Sequence[RunStatus] = ()) -> s
         f'data-run="{esc(status.run_id)}"><div class="top">{state_chip(status.state)}'
         f'<h3>{esc(status.name)}{short_id(status, known)}</h3><span class="lab-hint">{kind}</span></div>'
         f'<p class="detail">{esc(told[:1].upper() + told[1:])}{hint}</p>'
-        f"{parts_html(combination) if combination else _bar(status)}</div>"
+        f"{parts_html(combination) if combination else _bar(status) if run.trains else ''}</div>"
     )
 
 

@@ -184,7 +184,7 @@ class RunsTab:
         parts: dict[Any, Any] = {self.head: run_view.head_html(status, run, found)}
         if cursor.get("run") != _marker(status):
             parts |= {self.page: gr.Column(visible=True), **self._buttons(status, run)}
-            parts[self.charts_part] = gr.Column(visible=run.combination() is None)
+            parts[self.charts_part] = gr.Column(visible=run.trains)
             parts[self.result] = result_html(run, status)
             # A crash has no reason but what the worker printed last.
             parts[self.raw_log] = gr.Accordion(open=status.state == CRASHED)
@@ -213,7 +213,7 @@ class RunsTab:
                 visible=has_adapter, variant="primary" if status.state == FINISHED else "secondary"
             ),
             self.publish: gr.Button(visible=has_adapter),
-            self.more: gr.Button(visible=status.state == FINISHED and run.combination() is None),
+            self.more: gr.Button(visible=status.state == FINISHED and run.trains),
             self.delete: gr.Button(visible=ended),
         }
 

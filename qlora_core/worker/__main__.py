@@ -1,4 +1,4 @@
-"""`python -m qlora_core.worker RUN_DIR [LOCK_DESCRIPTOR …]`: train one run, or combine adapters, then let the queue go on."""
+"""`python -m qlora_core.worker RUN_DIR [LOCK_DESCRIPTOR …]`: train, combine or compare, then let the queue go on."""
 
 import os
 import signal
@@ -36,7 +36,9 @@ def main(run_directory: str, *locks: str) -> None:
     stop = StopRequest(run)
     failed = False
     try:
-        if run.combination():
+        if run.analysis():
+            from qlora_core.worker.analysing import analyse as work
+        elif run.combination():
             from qlora_core.worker.combining import combine as work
         else:
             from qlora_core.worker.training import train as work

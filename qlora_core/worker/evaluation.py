@@ -78,7 +78,6 @@ def _loss_of_all(
     return total
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -88,7 +87,22 @@ def generate(
     device: torch.device,
     report: Callable[[int, int], None],
 ) -> list[str]:
-    """Greedy answers to the last turn of each example, in their order.
+    """Greedy answers to the last turn of each example, in their order; see `generate_tokens`."""
+    found = generate_tokens(model, tokenizer, examples, max_new_tokens=max_new_tokens, device=device, report=report)
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    report: Callable[[int, int], None],
+) -> list[list[int]]:
+    """The tokens of each answer, up to the one that ends it.
 
     Batched, shortest prompts first, padded left; out of memory, in smaller batches. `report(answered, all)` is called
     every few tokens, a batch under way counting by its share of max_new_tokens; it may raise to end it early.
@@ -97,7 +111,7 @@ def generate(
     # What ends a response in the template that is trained with need not be the model's own end token.
     taught = {end_token(example, tokenizer) for example in examples[:1]}
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers, batch = [""] * len(prompts), GENERATION_BATCH
+    answers, batch = [[] for _ in prompts], GENERATION_BATCH
     was_training = model.training
     model.eval()
     try:
@@ -138,7 +152,7 @@ def _greedy(
     device: torch.device,
     on_token: Callable[[int], None],
     taught: set[int | None],
-) -> list[str]:
+) -> list[list[int]]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     configured = model.generation_config.eos_token_id
     own = configured if isinstance(configured, list) else [configured]
@@ -162,8 +176,7 @@ def _greedy(
         use_cache=True,
         stopping_criteria=[watch],
     )
-    answers = [list(takewhile(lambda token: token not in ends, tokens)) for tokens in output[:, width:].tolist()]
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    return [list(takewhile(lambda token: token not in ends, tokens)) for tokens in output[:, width:].tolist()]
 
 
 def count_correct(answers: Sequence[str], examples: Sequence[Example], scorer: Scorer) -> int:
