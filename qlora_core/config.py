@@ -285,10 +285,10 @@ class TrainConfig(Options):
                 "4-bit weights cannot give it up exactly; choose method lora, or init_lora_weights loftq, which is made for "
                 "4 bits"
             )
-        if self.method == "qlora" and not self.quantize_modules and not self.int8_modules:
+        if not self.quantize_modules and not self.int8_modules:  # whatever the method: a remedy may be to choose qlora
             problems.append(
-                "method is 'qlora' with quantize_modules and int8_modules none: nothing would be quantised; name layers in one "
-                "of them, or choose method lora"
+                "quantize_modules is none, and so is int8_modules: method qlora would quantise nothing; name layers in one of "
+                "them, or leave both out and choose method lora"
             )
         if self.method == "lora" and init == "loftq":
             problems.append(

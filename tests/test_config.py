@@ -205,7 +205,7 @@ def test_every_field_says_what_it_is_and_has_a_place_in_the_form() -> None:
         ({"method": "lora", "init_lora_weights": "loftq"}, r"'loftq' with method lora.*choose method qlora"),
         (
             {"method": "qlora", "quantize_modules": "none"},
-            r"nothing would be quantised; name layers.*choose method lora",
+            r"would quantise nothing; name layers.*choose method lora",
         ),
         ({"init_lora_weights": "loftq", "quant_type": "fp4"}, r"'loftq' with quant_type fp4; set quant_type to nf4"),
         ({"init_lora_weights": "orthogonal", "rank": 7}, r"'orthogonal' with rank 7; it needs an even rank"),

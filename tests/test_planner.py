@@ -148,6 +148,12 @@ def test_a_gpu_without_bf16_is_told_what_it_will_do():
     assert finding.severity == NOTE and "fp16" in finding.why and "T4" in finding.why
 
 
+def test_of_a_fused_matrix_groups_take_all_three_and_say_so():
+    gpt2 = replace(SMALL, layers=(Layer("h.0.attn.c_attn", 64, 192), Layer("h.0.mlp.c_fc", 64, 256)))
+    finding = only(facts(architecture=gpt2, target_modules="query-value"))
+    assert finding.severity == NOTE and "one matrix here, c_attn" in finding.title and "all three" in finding.why
+
+
 LONG = rows_of(*[4000] * 1000)
 
 
@@ -170,6 +176,8 @@ def test_a_setting_that_makes_it_not_fit_is_given_back_to_the_planner():
     assert kept.remedy == {"activation_checkpointing": "auto"}
     budget = only(on_a_card(16, method="qlora", token_budget=500_000, rows_per_step=128))
     assert budget.remedy == {"token_budget": None}
+    mixed = only(on_a_card(12, method="qlora", quantize_modules="attention"))
+    assert mixed.remedy == {"quantize_modules": "all", "int8_modules": ()}
 
 
 def test_where_nothing_would_make_it_fit_no_button_says_so():

@@ -380,6 +380,7 @@ def test_a_dataset_error_stands_beside_start(train, tmp_path, base):
         {},
         {"double_quant": False, "activation_checkpointing": "full"},
         {"name": 'it\'s "q" $x', "target_modules": "q_proj, v_proj"},
+        {"quantize_modules": "none", "int8_modules": "attention, mlp@0-3", "row_order_seed": "7"},
     ],
 )
 def test_the_command_line_does_the_same(train, changed):
@@ -416,8 +417,9 @@ def test_another_dataset_resets_what_belongs_to_the_example_and_keeps_what_was_c
 
 def test_a_runs_settings_fill_the_form(train):
     config = TrainConfig(
-        rank=64, lora_alpha=16, target_modules=("q_proj", "v_proj"), score="json", score_fields=("a", "b")
-    )
+        rank=64, lora_alpha=16, target_modules=("q_proj", "v_proj"), score="json", score_fields=("a", "b"),
+        quantize_modules=(), int8_modules=("attention@0-3", "mlp"), row_order_seed=7,
+    )  # fmt: skip
     filled = dict(zip(form.SPECS, train.fill(config), strict=True))
     assert form.to_config(filled, {"data": "", "eval_data": None, "skip_bad_rows": False}) == config
 

@@ -144,6 +144,16 @@ def test_modules_that_the_model_does_not_have_are_a_problem_of_their_field(tab, 
     problems = tab.check(chosen, *values)[2]
     assert "no linear layer c_attn" in problems and "k_proj" in problems and "#field-target_modules" in problems
     assert "no linear layer c_attn" in tab.begin(chosen, *values)[0]
+    values = values_of(tab, base, target_modules="c_attn", int8_modules="mlp@9", quantize_modules="nope")
+    problems = tab.check(chosen, *values)[2]
+    assert all(f"#field-{name} " in problems for name in ("target_modules", "quantize_modules", "int8_modules"))
+
+
+def test_how_the_base_is_held_stands_beside_the_adapters_layers(tab, base, chosen):
+    tab.look(chosen, base)
+    plan = tab.check(chosen, *values_of(tab, base, method="qlora", int8_modules="v_proj@0"))[0]
+    assert "Base: of 10 linear layers 9 in 4 bits, 1 in int8" in plan
+    assert "Base:" not in tab.check(chosen, *values_of(tab, base, method="qlora"))[0]
 
 
 def test_evaluation_rows_that_are_trained_on_are_counted(tab, base, chosen, tmp_path):

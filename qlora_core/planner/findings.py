@@ -233,6 +233,8 @@ def _fitting(facts: Facts) -> tuple[dict[str, Any], str] | tuple[()]:
     rank = rank_for_memory(facts).rank
     if rank is not None and rank < config.rank:
         tried.append(({"rank": rank}, f"Set rank to {rank}"))
+    if config.method == "qlora" and (config.quantize_modules != "all" or config.int8_modules):
+        tried.append(({"quantize_modules": "all", "int8_modules": ()}, "Hold all layers in 4 bits"))
     if config.method != "qlora" and config.init_lora_weights in ("default", "gaussian"):
         tried.append(({"method": "qlora"}, "Use QLoRA: the base in 4 bits"))
         both = {"method": "qlora", "activation_checkpointing": "auto", "token_budget": None}
