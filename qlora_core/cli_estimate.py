@@ -48,13 +48,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _estimate(options: argparse.Namespace, settings: Settings) -> int:
-    facts = _facts(run_config(options), options.gpu_memory_gib, settings)
+    facts = facts_for(run_config(options), options.gpu_memory_gib, settings)
     found = report(facts)
     print_json(found) if options.json else _print(found)
     return 0
 
 
-def _facts(config: TrainConfig, gpu_memory_gib: float | None, settings: Settings) -> Facts:
+def facts_for(config: TrainConfig, gpu_memory_gib: float | None, settings: Settings) -> Facts:
     """Raises LabError where the model, the rows or the settings are not usable."""
     if gpu_memory_gib is not None and not gpu_memory_gib > 0:
         raise ConfigError(f"--gpu-memory-gib is {gpu_memory_gib:g}; it must be above 0")

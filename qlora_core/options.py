@@ -88,6 +88,23 @@ class Options:
         return config
 
 
+def converted(kind: type[Options], name: str, value: Any) -> Any:
+    """`value`, also as text, as the field of that name has it. Raises ConfigError."""
+    specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]
+    if name not in specs:
+        near = difflib.get_close_matches(name, specs, n=1)
+        raise ConfigError(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    spec = specs[name]
+    if spec.type is bool and isinstance(value, str) and value.lower() in ("true", "false", "on", "off"):
+        value = value.lower() in ("true", "on")
+    try:
+        return _converted(value, spec.type, spec.metadata)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"{name} is {SHORT.repr(value)}; it must be {_described(spec.type)} ({spec.metadata['help']})"
+        ) from None
+
+
 def read_yaml(path: Path) -> Any:
     """Raises ConfigError where there is no YAML."""
     try:

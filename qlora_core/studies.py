@@ -17,6 +17,7 @@ from qlora_core.config import TrainConfig, replace
 from qlora_core.data.locate import locate
 from qlora_core.data.stored import StoredDataset, store
 from qlora_core.errors import ConfigError, RunError
+from qlora_core.planner.studying import Pace
 from qlora_core.run_status import ACTIVE, FINISHED, RUNNING
 from qlora_core.runs import Run, RunStore, lock, sync
 from qlora_core.settings import Settings
@@ -362,6 +363,29 @@ def _is_older(analysis: Run, runs: Sequence[Run]) -> bool:
     """Whether a run has ended since the analysis did."""
     ended = analysis.status().updated_at
     return any(run.status().updated_at > ended for run in runs)
+
+
+def measured_paces(settings: Settings) -> list[Pace]:
+    """How fast runs that have finished were, the newest first."""
+    found = []
+    for run in RunStore(settings).list():
+        with suppress(OSError, ValueError, RunError):  # a run that cannot be read says nothing
+            result = run.result() if run.trains else None
+            if result and result["train_info"]["tokens_per_second"]:
+                found.append(_pace(run.config(), result))
+    return found
+
+
+def _pace(config: TrainConfig, result: dict[str, Any]) -> Pace:
+    info, meta = result["train_info"], result["meta_info"]
+    steps = info["steps"] * info["step_seconds_median"]
+    return Pace(
+        base_model=config.base_model,
+        device=result["run_info"]["device"],
+        method=config.method,
+        tokens_per_second=info["tokens_per_second"],
+        seconds_around=max(0.0, meta["attempt_seconds"] - steps) if meta["attempts"] == 1 else 0.0,
+    )
 
 
 # -- files

@@ -25,3 +25,11 @@ def seconds(value: float | None) -> str:
 
 def loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def duration(value: float) -> str:
+    """How long something still takes, no more exact than it can be known."""
+    if value < 60:
+        return "less than a minute"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

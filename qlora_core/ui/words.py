@@ -10,9 +10,10 @@ from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.scores import wilson_interval
+from qlora_core.wording import METHOD_NAMES as METHOD_NAMES
 
 # Words that the pure modules share, re-exported for the page's.
-from qlora_core.wording import METHOD_NAMES as METHOD_NAMES
+from qlora_core.wording import duration as duration
 from qlora_core.wording import loss as loss
 from qlora_core.wording import seconds as seconds
 from qlora_core.wording import size as size
@@ -32,14 +33,6 @@ STATE_SIGNS = {QUEUED: "◷", RUNNING: "▶", FINISHED: "✓", STOPPED: "■", F
 
 def esc(value: Any) -> str:
     return html.escape(str(value), quote=True)
-
-
-def duration(value: float) -> str:
-    """How long something still takes, no more exact than it can be known."""
-    if value < 60:
-        return "less than a minute"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def clock(stamp: float) -> str:
