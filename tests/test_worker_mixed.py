@@ -308,3 +308,42 @@ def test_the_estimate_sees_the_rows_in_that_order_too() -> None:
     for config in (TrainConfig(seed=3), TrainConfig(seed=3, row_order_seed=11)):
         steps = [[lengths[i] for i in step_rows(150, 8, step, config.order_seed)] for step in range(1000)]
         assert memory.largest_pass(config, 10**9, lengths) == max(map(sum, steps))
+
+
+# -- a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_merge_on_a_cpu_finds_the_weights_that_a_gpu_trained_with(name: str) -> None:
+    config, folder = config_of(name), model_folder(name, torch.bfloat16)
+    bases = [loading.load_base(folder, config, device=torch.device(kind), dtype="bf16") for kind in ("cuda", "cpu")]
+    assert bases[0].is_loaded_in_4bit and bases[0].is_loaded_in_8bit
+    on_gpu, on_cpu = (dequantize(base, torch.bfloat16).state_dict() for base in bases)
+    assert all(torch.equal(tensor, on_gpu[key].cpu()) for key, tensor in on_cpu.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_every_way_of_training_a_mixed_base_on_a_gpu_gets_the_same_losses(tmp_path: Path) -> None:
+    """4 and 16 bits fused; with int8 transformers' layers, which also recompute, offload and compile."""
+    four, int8 = MIXED["llama"] | {"int8_modules": "none"}, MIXED["llama"]
+    values = {"method": "qlora", "device": "cuda", "compute_dtype": "bf16", "learning_rate": 1e-3}
+    runs = {}
+    for name, changed in {
+        "fused": four,
+        "not fused": four | {"fused_layers": "off"},
+        "int8": int8,
+        "int8 offloaded": int8 | {"activation_checkpointing": "offloaded", "token_budget": 200},
+        "int8 compiled": int8 | {"compile": "on"},
+        "int8 on a CPU": int8 | {"device": "cpu"},
+    }.items():
+        (tmp_path / name).mkdir()
+        runs[name] = train_here(make_run(tmp_path / name, **(values | changed)))
+        (started,) = said(runs[name], events.Started)
+        assert started.fused == (name == "fused") and started.compiled == (name == "int8 compiled"), started
+    for name, run in runs.items():
+        plain = runs["not fused" if name == "fused" else "int8"]
+        assert losses(run) == pytest.approx(losses(plain), abs=0.05), name
+        assert eval_losses(run) == pytest.approx(eval_losses(plain), abs=0.05), name
