@@ -94,6 +94,14 @@ class Study:
                 queue.add(analysis)
         queue.start_next(self.settings)
 
+    def analyse_again(self) -> None:
+        """Compare once more what has finished by now. Raises RunError while something of the study waits or trains."""
+        if self.status().state in ACTIVE:
+            raise RunError(f"{self.study_id}: is under way, and is analysed at its end")
+        with lock(self.path / "lock", wait=True):
+            queue.add(self._made_analysis(self.told()))
+        queue.start_next(self.settings)
+
     def _made(self, entry: dict[str, Any], told: dict[str, Any]) -> Run:
         """The run of the entry, made again where it is not there."""
         if run := self.run(entry["run_id"]):

@@ -32,7 +32,7 @@ from qlora_core import events
 from qlora_core.cli import parser
 from qlora_core.config import TrainConfig
 from qlora_core.runs import RunStore
-from qlora_core.ui import form, preview, publish_tab, run_view, words
+from qlora_core.ui import downloads, form, preview, publish_tab, run_view, words
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.data_tab import DataTab, example
 from qlora_core.ui.preview import How
@@ -538,11 +538,11 @@ def test_the_zip_holds_the_adapter_and_nothing_of_the_training(tmp_path, run):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (run.adapter / name).write_bytes(b"x")
     say(run, events.Finished(step=2))
-    path = publish_tab.adapter_zip(run, settings)
+    path = downloads.adapter_zip(run, settings)
     assert path.parent == settings.downloads
     assert sorted(zipfile.ZipFile(path).namelist()) == ["first/adapter_config.json", "first/adapter_model.safetensors"]
     written = path.stat().st_mtime_ns
-    assert publish_tab.adapter_zip(run, settings).stat().st_mtime_ns == written
+    assert downloads.adapter_zip(run, settings).stat().st_mtime_ns == written
 
 
 def test_a_run_without_an_adapter_has_no_download(tmp_path, run):

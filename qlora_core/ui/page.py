@@ -8,14 +8,16 @@ import gradio as gr
 from qlora_core.run_status import ACTIVE
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
+from qlora_core.ui.compare_tab import CompareTab, study_named
 from qlora_core.ui.data_tab import DataTab
+from qlora_core.ui.downloads import follow
 from qlora_core.ui.endpoints import add_endpoints
-from qlora_core.ui.publish_tab import PublishTab, follow
+from qlora_core.ui.publish_tab import PublishTab
 from qlora_core.ui.runs_tab import RunsTab, default_run
 from qlora_core.ui.status import status_html
 from qlora_core.ui.train_tab import TrainTab
 
-DATA, TRAIN, RUNS, PUBLISH = "data", "train", "runs", "publish"
+DATA, TRAIN, RUNS, COMPARE, PUBLISH = "data", "train", "runs", "compare", "publish"
 # Handlers of the page are no API; several people may use them at once, and none shows gradio's own spinner.
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 CHECKING = '<p class="lab-hint" role="status">Checking the dataset and fetching the base model …</p>'
@@ -34,22 +36,31 @@ def build_app(settings: Settings) -> gr.Blocks:
                 train = TrainTab(settings, data.rows.fields)
             with gr.Tab("Runs", id=RUNS):
                 runs = RunsTab(settings, status)
+            with gr.Tab("Compare", id=COMPARE):
+                compare = CompareTab(settings, train)
             with gr.Tab("Publish", id=PUBLISH) as publish_tab:
                 publish = PublishTab(settings)
         picked = data.connect(train.fields["base_model"], train.fields, HIDDEN)
         train.connect(data.chosen, picked, HIDDEN)
         train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
         runs.connect(HIDDEN)
+        compare.connect(data.chosen, HIDDEN)
         publish.connect(HIDDEN)
-        _connect_tabs(tabs, publish_tab, data, train, runs, publish)
-        _open_page(demo, tabs, runs, settings)
+        _connect_tabs(tabs, publish_tab, data, train, runs, compare, publish)
+        _open_page(demo, tabs, runs, compare, settings)
         data.on_load(demo, HIDDEN)
         add_endpoints(settings)
     return demo
 
 
 def _connect_tabs(
-    tabs: gr.Tabs, publish_tab: gr.Tab, data: DataTab, train: TrainTab, runs: RunsTab, publish: PublishTab
+    tabs: gr.Tabs,
+    publish_tab: gr.Tab,
+    data: DataTab,
+    train: TrainTab,
+    runs: RunsTab,
+    compare: CompareTab,
+    publish: PublishTab,
 ) -> None:
     def start(chosen: Any, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield CHECKING, gr.skip(), gr.skip()
@@ -66,6 +77,10 @@ def _connect_tabs(
     def to_publish(selected: str) -> tuple[Any, Any]:
         return gr.Tabs(selected=PUBLISH), publish.choices(selected)
 
+    def to_run(event: gr.EventData) -> tuple[Any, str]:
+        return gr.Tabs(selected=RUNS), event.run
+
+    compare.runs.select(to_run, None, [tabs, runs.selected], **HIDDEN)
     data.use.click(lambda: gr.Tabs(selected=TRAIN), None, tabs, **HIDDEN)
     train.change.click(lambda: gr.Tabs(selected=DATA), None, tabs, **HIDDEN)
     train.start.click(
@@ -82,17 +97,18 @@ def _connect_tabs(
     publish_tab.select(publish.choices, [publish.run, runs.selected], publish.run, **HIDDEN)
 
 
-def _open_page(demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, settings: Settings) -> None:
-    def attach(request: gr.Request) -> tuple[str, Any]:
-        """A named or running run is shown at once; else the page opens with Data."""
+def _open_page(demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, compare: CompareTab, settings: Settings) -> None:
+    def attach(request: gr.Request) -> tuple[str, str, Any]:
+        """A named study or run, or a running one, is shown at once; else the page opens with Data."""
         found = run_view.statuses(settings)
-        named = str(request.query_params.get("run") or "")
+        named, study = (str(request.query_params.get(name) or "") for name in ("run", "study"))
         known = any(status.run_id == named for status in found)
         first = default_run(found)
         run_id = named if known else first.run_id if first else ""
         busy = any(status.state in ACTIVE for status in found)
-        return run_id, gr.Tabs(selected=RUNS) if known or busy else gr.skip()
+        tab = COMPARE if study_named(settings, study) else RUNS if known or busy else None
+        return run_id, study, gr.Tabs(selected=tab) if tab else gr.skip()
 
-    demo.load(attach, None, [runs.selected, tabs], **HIDDEN).then(
+    demo.load(attach, None, [runs.selected, compare.selected, tabs], **HIDDEN).then(
         runs.tick, [runs.selected, runs.cursor], runs.outputs, **HIDDEN
     )

@@ -1,24 +1,19 @@
 """The Publish tab: the adapter as a zip, and the merged model. Files are made below `<home>/downloads`."""
 
-import os
-import secrets
 import threading
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
 
-from qlora_core.errors import LabError, RunError
+from qlora_core.errors import LabError
 from qlora_core.merging import merge
-from qlora_core.run_status import ACTIVE
-from qlora_core.runs import Run, RunStore
+from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
-from qlora_core.ui.uploads import safe_name
-from qlora_core.ui.words import empty, esc, facts, loss, problems_panel, size
+from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip
+from qlora_core.ui.words import empty, esc, facts, loss, problems_panel
 
 ONTO = [
     ("the base as it was trained on: dequantised from 4 bits", "dequantized"),
@@ -36,11 +31,6 @@ ABOUT = {
     "nf4": "About a quarter of the size; transformers loads it in 4 bits with bitsandbytes, and answers may differ a little. "
     "It cannot be trained further: for that, merge in 16 bits.",
 }
-
-
-def follow(elem_id: str) -> str:
-    """Script that follows the link which a handler has just put into that output: one click prepares and downloads."""
-    return f"() => {{ const a = document.querySelector('#{elem_id} .lab-fresh a.lab-link'); if (a) a.click(); }}"
 
 
 REPORT_SECONDS = 1.0
@@ -113,7 +103,7 @@ class PublishTab:
 
     def adapter(self, run_id: str | None) -> str:
         try:
-            return _link(adapter_zip(RunStore(self.settings).get(run_id or ""), self.settings))
+            return link(adapter_zip(RunStore(self.settings).get(run_id or ""), self.settings))
         except LabError as error:
             return problems_panel(error.problems, title="No download")
 
@@ -140,50 +130,11 @@ class PublishTab:
             yield _hint(f"{told[-1]} … {waited} s")
         if isinstance(told[-1], Path):
             base = _hint(f"As the base model of a new run, write run:{run_id}") if export == "16bit" else ""
-            yield _link(told[-1]) + base
+            yield link(told[-1]) + base
         else:
             yield problems_panel(
                 getattr(told[-1], "problems", ("the merge ended early; see the app's output",)), title="No merge"
             )
-
-
-def adapter_zip(run: Run, settings: Settings) -> Path:
-    """`<run name>/…` of adapter/: what loads it, never a checkpoint or optimizer state. Raises RunError."""
-    if not run_view.has_adapter(run) or run.status().state in ACTIVE:
-        raise RunError(f"{run.run_id}: has no adapter to download yet; wait until it has finished, or stop it")
-    return _zip(run, run.adapter, f"{run.run_id}-adapter.zip", settings, lambda text: None, zipfile.ZIP_DEFLATED)
-
-
-def merged_zip(run: Run, folder: Path, settings: Settings, report: Any) -> Path:
-    # Weights do not compress.
-    return _zip(run, folder, f"{run.run_id}-{folder.name}.zip", settings, report, zipfile.ZIP_STORED)
-
-
-def _zip(run: Run, folder: Path, name: str, settings: Settings, report: Any, compression: int) -> Path:
-    target = settings.downloads / name
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in files):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{name}-{os.getpid()}-{secrets.token_hex(4)}.partial")
-    top = safe_name(run.config().run_name())
-    try:
-        with zipfile.ZipFile(partial, "w", compression) as archive:
-            for path in files:
-                report(f"packing {path.name}, {size(path.stat().st_size)}")
-                archive.write(path, f"{top}/{path.name}")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
-
-
-def _link(path: Path) -> str:
-    # A plain link into allowed_paths: gradio's file components would first copy gigabytes into their cache.
-    return (
-        f'<div class="lab-fresh"><a class="lab-link" download="{esc(path.name)}" '
-        f'href="gradio_api/file={esc(quote(str(path)))}">{esc(path.name)} · {size(path.stat().st_size)}</a></div>'
-    )
 
 
 def _hint(text: str) -> str:

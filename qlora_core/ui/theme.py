@@ -197,6 +197,7 @@ _RUNS = """
 .lab-differences tr.group th { position: static; padding-top: 14px; }
 .lab-differences td { overflow-wrap: anywhere; font-weight: 600; }
 .lab-head { min-height: 132px; }
+#study-kinds { gap: 14px; } #study-kinds button { min-height: 62px; font-size: 1.08rem; }
 #run-result .lab-card, #run-result .lab-empty { min-height: 300px; }
 #run-result .lab-empty { display: grid; align-content: center; }
 .lab-head .top { display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: baseline; }

@@ -10,7 +10,7 @@ from qlora_core import precision, queue, targets
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError, LabError
-from qlora_core.planner.facts import held_out_rows
+from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.planner.findings import STOP, findings
 from qlora_core.planner.recommendation import recommend
 from qlora_core.runs import Run, RunStore
@@ -232,6 +232,12 @@ class TrainTab:
             return "", start_run(config, self.settings)
         except LabError as error:
             return marked_problems(error.problems), None
+
+    def settings_and_facts(self, chosen: Chosen, *values: Any) -> tuple[TrainConfig, Facts]:
+        """What the form says, and what is known of such a run. Raises LabError with all that is wrong."""
+        config = self._config(chosen, values)
+        looked = self.advice.known(chosen, how_of(config)) or self.advice.look(chosen, how_of(config))
+        return config, self.advice.facts(config, chosen, looked)
 
     def _refuse_what_stops(self, config: TrainConfig, chosen: Chosen) -> None:
         """Raises ConfigError with every finding that must be mended first."""
