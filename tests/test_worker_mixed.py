@@ -138,7 +138,7 @@ def test_mamba_can_be_quantised_but_for_the_layer_that_it_multiplies_with_itself
     model = loading.load_base(model_folder("mamba"), TrainConfig(quantize_modules="in_proj"), device=CPU, dtype="fp32")
     assert {name.rpartition(".")[2] for name, kind in kinds(model).items() if kind == "Linear4bit"} == {"in_proj"}
     for changed in ({"int8_modules": "dt_proj"}, {"quantize_modules": "all"}):
-        with pytest.raises(ModelError, match="dt_proj in 4 or 8 bits; choose method lora, or name other layers"):
+        with pytest.raises(ModelError, match="dt_proj in 4 bits or int8; choose method lora, or name other layers"):
             loading.load_base(model_folder("mamba"), TrainConfig(**changed), device=CPU, dtype="fp32")
 
 
