@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helpers import started, step
-from qlora_core.study_results import Analysis, StudyResults, StudyRun
 
 from qlora_core import events
 from qlora_core.config import TrainConfig
+from qlora_core.study_results import Analysis, StudyResults, StudyRun
 
 GIB = 1024**3
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,7 +69,7 @@ def study_run(
     evaluated = [
         events.Evaluation(step=n, loss=value, tokens=400, seconds=1)
         for n, value in zip(at, curve, strict=True)
-        if n <= done
+        if done and n <= done
     ]
     has_result = state in ("finished", "stopped")
     slug = "-".join(str(value) for value in varied.values())

@@ -8,6 +8,7 @@ from qlora_core.study_charts.quality import AXES as AXES
 from qlora_core.study_charts.quality import SMOOTHINGS as SMOOTHINGS
 from qlora_core.study_charts.quality import loss_curves as loss_curves
 from qlora_core.study_charts.quality import quality_figures
+from qlora_core.study_charts.tabled import table_of as table_of
 from qlora_core.study_charts.weights import weight_figures
 from qlora_core.study_hypotheses import knees, sensitivity
 from qlora_core.study_numbers import arms, pairs

@@ -85,8 +85,8 @@ def memory(found: Sequence[Arm], kind: str, notes: Sequence[str]) -> go.Figure:
             text=[shown[row].label for row in rows], textposition="none",
             hovertemplate=f"{shown_name}: %{{x:.3f}} GiB estimated<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0)
-    room_for_values(figure, max(peaks.values(), default=0))
+    figure.update_layout(barmode="stack", bargap=0, legend={"traceorder": "normal"})
+    room_for_values(figure, max(peaks.values(), default=0), share=0.38)
     return figure
 
 

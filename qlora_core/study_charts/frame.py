@@ -40,7 +40,7 @@ def hues(found: Sequence[Arm]) -> dict[str, str]:
 def _shade(hue: str, depth: float) -> str:
     """Towards white for a negative depth, towards black for a positive one."""
     parts, end = [int(hue[i : i + 2], 16) for i in (1, 3, 5)], 255 if depth < 0 else 0
-    return "#" + "".join(f"{round(part + (end - part) * abs(depth)):02x}" for part in parts)
+    return "#" + "".join(f"{round(part + (end - part) * abs(depth)):02X}" for part in parts)
 
 
 def marks(found: Sequence[Arm]) -> dict[str, tuple[str, str]]:
@@ -145,6 +145,7 @@ def by_row(
         x_title=unit,
         left=14,
     )
+    figure.update_layout(meta={"rows": list(labels)})
     figure.update_yaxes(range=[len(labels) - 0.5, -0.5], showticklabels=False, showgrid=False, fixedrange=True)
     for row, label in enumerate(labels):
         reason = (gaps or {}).get(label)
@@ -157,9 +158,9 @@ def by_row(
     return figure
 
 
-def room_for_values(figure: go.Figure, largest: float) -> None:
-    """Leave room right of the longest bar for the figure that stands there."""
-    figure.update_xaxes(range=[0, (largest or 1) * 1.28])
+def room_for_values(figure: go.Figure, largest: float, *, share: float = 0.28) -> None:
+    """Leave room right of the longest bar for the figure that stands there, a share of the bar."""
+    figure.update_xaxes(range=[0, (largest or 1) * (1 + share)])
 
 
 def add_dot(

@@ -146,11 +146,12 @@ def _loss_by_rank(found: Sequence[Arm], knees: Sequence[Knee], notes: Sequence[s
         # Methods stand a little beside each other, so that their intervals do not cover one another.
         x = [arm.rank * 1.035 ** (place - (len(groups) - 1) / 2) for arm in arms_of]
         for at, arm in zip(x, arms_of, strict=True):
-            figure.add_scatter(
-                x=[at] * len(losses(arm)), y=list(losses(arm).values()), mode="markers", legendgroup=label, showlegend=False,
-                marker={"color": colour, "size": 4, "symbol": symbol}, opacity=0.6 if len(losses(arm)) > 1 else 0,
-                hoverinfo="skip", name=esc(arm.label),
-            )  # fmt: skip
+            if len(losses(arm)) > 1:
+                figure.add_scatter(
+                    x=[at] * len(losses(arm)), y=list(losses(arm).values()), mode="markers", legendgroup=label, showlegend=False,
+                    marker={"color": colour, "size": 4, "symbol": symbol}, opacity=0.6, hoverinfo="skip", name=esc(arm.label),
+                    customdata=[arm.rank] * len(losses(arm)),
+                )  # fmt: skip
         spreads = [spread(list(losses(arm).values())) for arm in arms_of]
         figure.add_scatter(
             x=x, y=[one.mean for one in spreads], mode="lines+markers", name=esc(label), legendgroup=label,

@@ -55,7 +55,7 @@ def maps(
         x_title="layer",
         left=min(130, 16 + round(6.6 * longest)),
     )
-    figure.update_layout(margin_r=66)
+    figure.update_layout(margin_r=82)
     for number, (name, entries) in enumerate(tables.items()):
         top = 1 - (24 + number * (panel + MAP_GAP_PIXELS)) / plot
         grid = np.full((len(modules), len(layers)), np.nan)
