@@ -9,6 +9,7 @@ import numpy as np
 
 from qlora_core.study_numbers import (
     LOSS_NEAR,
+    ROUNDING,
     Arm,
     Spread,
     differences,
@@ -116,7 +117,7 @@ def knee(label: str, by_rank: dict[int, dict[int, float]], noise: float | None) 
 
 
 def _smallest_as_good(means: np.ndarray, tolerance: float) -> int:
-    return int(np.argmax(means <= means.min() + tolerance))
+    return int(np.argmax(means <= means.min() + tolerance + ROUNDING))
 
 
 # -- what each group of matrices costs in 4 bits

@@ -17,6 +17,8 @@ OF_QLORA = ("method", "quant_type", "double_quant", "quantize_modules", "int8_mo
 WHOLE = "estimate, parts not recorded"
 # A difference in evaluation loss that nobody would notice: 1 % of perplexity.
 LOSS_NEAR = 0.01
+# Differences of losses are rounded before they meet a threshold.
+ROUNDING = 1e-9
 # What chance alone changes: roles of the runs of a noise floor, and kinds of their comparisons.
 FLOORS = ("other row order", "other seed")
 # Student's t, two-sided 95 %, for 1 to 20 degrees of freedom.

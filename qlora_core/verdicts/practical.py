@@ -8,6 +8,7 @@ from typing import Any
 from qlora_core.data.rows import counted
 from qlora_core.study_numbers import (
     LOSS_NEAR,
+    ROUNDING,
     WHOLE,
     Arm,
     Pair,
@@ -130,7 +131,7 @@ def _advice(saved: float, times: Sequence[float], worse: Sequence[float], tolera
         return NO, "it does not pay here"
     if not worse:
         return UNCLEAR, "what it does to quality was not measured"
-    if statistics.median(worse) > tolerance:
+    if statistics.median(worse) > tolerance + ROUNDING:
         return UNCLEAR, "use it where 16 bits do not fit; where they do, LoRA is better"
     return YES, "use it here where memory is short, as it takes its time" if slow else "use it here"
 
@@ -198,7 +199,7 @@ def _choice(results: StudyResults, found: Sequence[Arm]) -> Verdict:
     tolerance = max(LOSS_NEAR, noise)
     best = min(done, key=lambda arm: statistics.fmean(losses(arm).values()))
     lowest = statistics.fmean(losses(best).values())
-    good = [arm for arm in done if statistics.fmean(losses(arm).values()) <= lowest + tolerance]
+    good = [arm for arm in done if statistics.fmean(losses(arm).values()) <= lowest + tolerance + ROUNDING]
     chosen = min(
         good,
         key=lambda arm: (arm.mean(lambda r: r.peak_bytes) or math.inf, arm.mean(lambda r: r.step_seconds) or math.inf),
