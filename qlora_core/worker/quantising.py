@@ -110,7 +110,7 @@ def in_int8(weight: torch.Tensor) -> Int8Params:
     LLM.int8's way for weights (https://arxiv.org/abs/2208.07339): a number n stands for n / 127 of that magnitude. Computed in
     fp32, so that a merge on a CPU finds the numbers that a GPU trained with; bitsandbytes rounds to fp16 first.
     """
-    largest = weight.abs().amax(dim=1).float()
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float()
     steps_a_unit = 127 / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for begin in range(0, len(weight), ROWS):  # no second matrix in fp32
