@@ -1,6 +1,7 @@
 """A small study for real, from its first run to its analysis: what is compared, and what goes wrong on the way."""
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import settings_in, write_rows
+from study_builders import study_run
 from tiny_models import dataset, model_folder, reset_accelerate, said, train_here
 
 from qlora_core import events, queue
 from qlora_core.config import TrainConfig
 from qlora_core.errors import RunError
-from qlora_core.run_status import FINISHED, QUEUED, STOPPED
+from qlora_core.run_status import CRASHED, FINISHED, QUEUED, STOPPED
 from qlora_core.runs import Run, RunStore, remove_from_queue
 from qlora_core.studies import Study, StudyStore
 from qlora_core.study_results import ARM, OTHER_ORDER, OTHER_SEED
+from qlora_core.worker import loading
 from qlora_core.worker.analysing import analyse
 from qlora_core.worker.behaviour import agreement, interval_of_mean, token_match
+from qlora_core.worker.study_pairs import first_seed, weight_pairs
 
 VARY = {"method": ["lora", "qlora"], "rank": [2, 4]}
 
@@ -151,6 +155,104 @@ def test_loftq_is_refused_with_the_reason(tmp_path: Path) -> None:
     analyse_here(study)
     (refused,) = study.analysis_found().refused
     assert refused["run_id"] == study.runs()[1].run_id and "LoftQ begins with what 4 bits lost" in refused["reason"]
+
+
+def test_adapters_of_other_layers_are_not_compared_and_that_ends_nothing(tmp_path: Path) -> None:
+    """Attention and MLP share no layer, query-value and attention do."""
+    vary = {"target_modules": ["query-value", "attention", "mlp"]}
+    study = train_all(study_in(tmp_path, vary, noise_floor=False, max_steps=1))
+    assert analyse_here(study).status().state == FINISHED
+    found = study.analysis_found()
+    assert [entry["label"] for entry in found.similarity] == ["adapters on query-value – adapters on attention"]
+    assert len(found.updates) == 3 and not found.refused
+
+
+def test_each_way_to_hold_the_base_is_a_source_by_itself_and_one_is_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vary = {"method": ["lora", "qlora"], "double_quant": [True, False], "compute_dtype": ["fp32", "bf16"]}
+    study = train_all(study_in(tmp_path, vary, noise_floor=False, max_steps=1))
+    load, loaded, dtypes = loading.load_base, [], []
+
+    def watched(*args: Any, **how: Any) -> Any:
+        assert not any(base() is not None for base in loaded), "a base is still in memory when the next one is loaded"
+        model = load(*args, **how)
+        loaded.append(weakref.ref(model))
+        dtypes.append(how["dtype"])
+        return model
+
+    monkeypatch.setattr(loading, "load_base", watched)
+    analyse_here(study)
+    bases = {
+        name: told["label"] for name, told in study.analysis_found().behaviour["sources"].items() if "base" in name
+    }
+    assert list(bases) == [
+        "base bf16", "base nf4, double quantisation", "base nf4, double quantisation bf16", "base nf4", "base nf4 bf16", "base",
+    ]  # fmt: skip
+    assert len(loaded) == 6 and sorted(dtypes) == ["bf16"] * 3 + ["fp32"] * 3
+    for run in study.results().runs:  # on the base that its own run held, so with the loss that this measured
+        told = study.analysis_found().behaviour["sources"][run.run_id]
+        assert told["loss"] == pytest.approx(run.eval_loss, rel=1e-4 if run.config.compute_dtype == "fp32" else 5e-3)
+
+
+def test_scores_are_those_that_the_runs_counted(tmp_path: Path) -> None:
+    scores = {"score": "exact", "score_rows": 3, "score_max_new_tokens": 4, "max_steps": 1}
+    study = train_all(study_in(tmp_path, {"method": ["lora", "qlora"]}, noise_floor=False, **scores))
+    analyse_here(study)
+    sources = study.analysis_found().behaviour["sources"]
+    for run, base in zip(study.results().runs, ("base", "base nf4"), strict=True):
+        before, after = run.result["train_info"]["scores"]
+        assert sources[run.run_id]["score"] == after and sources[base]["score"] == before
+        assert after["total"] == 3 and after["name"] == "exact"
+
+
+def test_a_noise_floor_is_not_taken_from_another_seed() -> None:
+    """The arm of the first seed failed: another seed's differs from the floor's runs by more than these are there for."""
+    lora = {"method": "lora", "rank": 8}
+    arms = [study_run(seed=seed, varied=lora) for seed in (43, 42)]
+    floor = [study_run(role=OTHER_SEED, seed=44, varied=lora), study_run(role=OTHER_ORDER, seed=43, varied=lora)]
+    whole = weight_pairs([*arms, *floor], first_seed(arms, (43, 42)))
+    assert [(one.seed, kind) for one, _, kind, _ in whole] == [(43, OTHER_SEED), (43, OTHER_ORDER)]
+    rest = weight_pairs([arms[1], *floor], first_seed(arms[1:], (43, 42)))
+    assert [(one.seed, kind) for one, _, kind, _ in rest] == [(42, OTHER_SEED)]
+
+
+def test_where_the_base_in_16_bits_has_no_room_another_one_embeds_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = train_all(study_in(tmp_path, {"rank": [2, 4]}, noise_floor=False, method="qlora", max_steps=1))
+    load = loading.load_base
+
+    def small(folder: Path, config: TrainConfig, **how: Any) -> Any:
+        if config.method == "lora":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(folder, config, **how)
+
+    monkeypatch.setattr(loading, "load_base", small)
+    analysis = analyse_here(study)
+    assert analysis.status().state == FINISHED
+    found = study.analysis_found().behaviour
+    runs = [run.run_id for run in study.runs()]
+    assert set(found["sources"]) == {"base nf4", *runs}
+    assert [(pair["first"], pair["second"]) for pair in found["pairs"]] == [("base nf4", run) for run in runs]
+    assert "the base in 16 bits does not fit this device" in said(analysis, events.Note)[-1].text
+
+
+def test_an_analysis_that_was_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kill -9 leaves: events without an end, a free lock, half of a file, and what was found before."""
+    monkeypatch.setattr(queue, "start_next", lambda settings: [])
+    study = train_all(study_in(tmp_path, {"method": ["lora", "qlora"]}, noise_floor=False, max_steps=1))
+    analysis = study.analysis()
+    remove_from_queue(analysis)
+    events.append(analysis.events_path, events.Launched(attempt=1))
+    events.append(analysis.events_path, events.Phase(name="answering held-out rows"))
+    (analysis.path / "found.json.partial").write_text('{"similarity": [')
+    assert study.status().state == CRASHED and "analysis crashed" in study.status().detail
+    assert study.analysis_found() is None and study.results().analysis is None
+    study.start()
+    assert study.status().state == QUEUED and [run.status().state for run in study.runs()] == [FINISHED, FINISHED]
+    analyse_here(study)
+    assert study.status().state == FINISHED and len(study.analysis_found().similarity) == 1
 
 
 def test_the_queue_holds_an_analysis_back_until_the_last_run_has_ended(tmp_path: Path) -> None:
