@@ -100,6 +100,8 @@ class Part:
     def problem(self) -> str | None:
         """Why the adapter cannot be combined with any other."""
         run_id = self.run.run_id
+        if self.run.analysis():
+            return f"{run_id}: compares the runs of a study, so it has no adapter; combine those runs instead"
         state = self.run.status().state
         if state in ACTIVE:
             return f"{run_id}: is {state}; combine it when it has ended, or stop it first"

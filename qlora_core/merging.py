@@ -30,6 +30,10 @@ def merge(
     `export`: "16bit", or "nf4" for a folder with "-nf4" at its end that holds the merged model quantised to 4 bits.
     A merge that exists already for this adapter is returned as it is. Raises RunError, ModelError.
     """
+    if run.analysis():
+        raise RunError(
+            f"{run.run_id}: compares the runs of a study, so it has no adapter to merge; merge one of those runs"
+        )
     config = run.config()
     onto = onto or ("dequantized" if config.method == "qlora" else "original")
     if export not in EXPORTS:

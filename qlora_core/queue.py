@@ -45,8 +45,11 @@ def resume(run: Run, *, max_steps: int | None = None) -> None:
     RunError for a run in another state, or one that has made those steps already.
     """
     status = run.status()
-    if run.analysis() and max_steps is not None:
-        raise RunError(f"{run.run_id}: compares the runs of a study and has no steps to continue; analyse the study again")
+    if run.analysis() and (status.state == FINISHED or max_steps is not None):
+        raise RunError(
+            f"{run.run_id}: compares the runs of a study and has no steps to continue; resume the study, which analyses it again "
+            f"where something has changed: studies resume {run.analysis()['study_id']}"
+        )
     if run.combination() and (status.state == FINISHED or max_steps is not None):
         raise RunError(
             f"{run.run_id}: combines adapters and has no steps to continue; merge it and train on the merge "
@@ -123,9 +126,18 @@ def _waits_for_others(run: Run) -> bool:
         study = json.loads((run.settings.home / "studies" / analysis["study_id"] / "study.json").read_text())
     except (OSError, ValueError):  # gone: its worker says so
         return False
-    ids = {entry["run_id"] for entry in study["runs"]}
     waiting = {entry.name.partition("-")[2] for entry in queue_entries(run.settings)}
-    return any(i in waiting or Run(run.settings.runs / i, run.settings).is_locked() for i in ids if i)
+    others = [Run(run.settings.runs / entry["run_id"], run.settings) for entry in study["runs"] if entry["run_id"]]
+    return any((other.run_id in waiting and _can_start(other)) or other.is_locked() for other in others)
+
+
+def _can_start(run: Run) -> bool:
+    """A run that cannot be read stays in the queue for a person to see, and never ends."""
+    try:
+        run.config()
+    except (OSError, RunError):
+        return False
+    return True
 
 
 def _launched_since(run: Run, entry: Path) -> bool:

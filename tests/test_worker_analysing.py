@@ -13,8 +13,10 @@ from study_builders import study_run
 from tiny_models import dataset, model_folder, reset_accelerate, said, train_here
 
 from qlora_core import events, queue
+from qlora_core.combining import create_combined
 from qlora_core.config import TrainConfig
 from qlora_core.errors import RunError
+from qlora_core.merging import merge
 from qlora_core.run_status import CRASHED, FINISHED, QUEUED, STOPPED
 from qlora_core.runs import Run, RunStore, remove_from_queue
 from qlora_core.studies import Study, StudyStore
@@ -265,9 +267,23 @@ def test_the_queue_holds_an_analysis_back_until_the_last_run_has_ended(tmp_path:
     assert not queue._waits_for_others(study.analysis())
 
 
-def test_an_analysis_has_no_steps_to_continue(study: Study) -> None:
-    with pytest.raises(RunError, match="compares the runs of a study and has no steps to continue"):
-        queue.resume(study.analysis(), max_steps=9)
+def test_an_analysis_waits_for_no_run_that_cannot_start(tmp_path: Path) -> None:
+    study = study_in(tmp_path, {"method": ["lora", "qlora"]}, noise_floor=False)
+    lora, qlora = study.runs()
+    qlora.request_stop()
+    (lora.path / "config.json").write_text("{")
+    assert lora.queue_place() and not queue._waits_for_others(study.analysis())
+
+
+def test_an_analysis_has_neither_steps_nor_an_adapter(study: Study) -> None:
+    analysis, lora = study.analysis(), study.runs()[0]
+    for how in ({}, {"max_steps": 9}):
+        with pytest.raises(RunError, match=f"no steps to continue; resume the study.*studies resume {study.study_id}"):
+            queue.resume(analysis, **how)
+    with pytest.raises(RunError, match="has no adapter to merge; merge one of those runs"):
+        merge(analysis)
+    with pytest.raises(RunError, match="has no adapter; combine those runs instead"):
+        create_combined([analysis, lora], [1, 1], method="svd", name="both")
 
 
 def test_a_deleted_run_leaves_a_gap_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
