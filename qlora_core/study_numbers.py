@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_core import events
 from qlora_core.run_status import FINISHED
-from qlora_core.study_results import Analysis, StudyResults, StudyRun
+from qlora_core.study_results import StudyResults, StudyRun
 from qlora_core.wording import METHOD_NAMES
 
 # Settings that say how a QLoRA run holds its base; a LoRA run ignores them, so a pair may differ in them.
@@ -17,6 +17,8 @@ OF_QLORA = ("method", "quant_type", "double_quant", "quantize_modules", "int8_mo
 WHOLE = "estimate, parts not recorded"
 # A difference in evaluation loss that nobody would notice: 1 % of perplexity.
 LOSS_NEAR = 0.01
+# Above this cosine two updates count as nearly equal (issue 6).
+NEARLY_EQUAL = 0.95
 # Differences of losses are rounded before they meet a threshold.
 ROUNDING = 1e-9
 # What chance alone changes: roles of the runs of a noise floor, and kinds of their comparisons.
@@ -234,14 +236,41 @@ def floor_differences(results: StudyResults, found: Sequence[Arm]) -> dict[str, 
     return noise
 
 
-def similarity_pairs(analysis: Analysis) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """[(comparison of LoRA with QLoRA, its noise floor: "other seed" and "other row order" -> comparison)]"""
-    floors = [one for one in analysis.similarity if one["kind"] in FLOORS]
-    return [
-        (pair, {one["kind"]: one for one in floors if {pair["first"], pair["second"]} & {one["first"], one["second"]}})
-        for pair in analysis.similarity
-        if pair["kind"] == "lora-qlora"
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How alike LoRA's and QLoRA's updates are, of one pair of arms. `pairs`: Analysis.similarity's entries, one a seed, the first
+    seed's first; `floors`: what chance alone leaves, "other row order" and "other seed" -> the entry."""
+
+    label: str
+    pairs: tuple[dict[str, Any], ...]
+    floors: dict[str, dict[str, Any]]
+
+    @property
+    def cosines(self) -> list[float]:
+        """Of all matrices together, one a seed."""
+        return [pair["overall"]["cosine"] for pair in self.pairs]
+
+
+def likenesses(results: StudyResults) -> list[Likeness]:
+    """LoRA against QLoRA, by what both have in common; empty before the analysis."""
+    if results.analysis is None:
+        return []
+    runs = {run.run_id: run for run in results.runs}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for pair in results.analysis.similarity:
+        if pair["kind"] == "lora-qlora":
+            known = [run for run in (runs.get(pair["first"]), runs.get(pair["second"])) if run]
+            qlora = next((run.label for run in known if run.config and run.config.method == "qlora"), pair["label"])
+            groups.setdefault(f"{METHOD_NAMES['lora']} – {qlora}", []).append(pair)
+    found = []
+    for label, pairs_of in groups.items():
+        of_pairs = {run_id for pair in pairs_of for run_id in (pair["first"], pair["second"])}
+        floors = [one for one in results.analysis.similarity if one["kind"] in FLOORS]
+        own = {one["kind"]: one for one in floors if {one["first"], one["second"]} & of_pairs}
+        found.append(
+            Likeness(label=label, pairs=tuple(pairs_of), floors={kind: own[kind] for kind in FLOORS if kind in own})
+        )
+    return found
 
 
 def mean_error(entries: Iterable[Mapping[str, Any]]) -> float:

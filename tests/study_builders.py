@@ -245,7 +245,7 @@ def similarity(
             modules.append(
                 {"layer": layer, "module": module, "cosine": value, "l2": 0.4, "relative": math.sqrt(2 - 2 * value)}
             )
-    label = f"{first.label} – {second.label}" if kind == "lora-qlora" else f"{first.label}, {kind}"
+    label = second.label
     return {
         "first": first.run_id, "second": second.run_id, "kind": kind, "label": label,
         "overall": {"cosine": cosine, "l2": 3.1, "relative": math.sqrt(2 - 2 * cosine)}, "modules": modules,

@@ -173,7 +173,7 @@ def test_every_seed_of_an_arm_is_a_line_of_one_colour_and_one_entry_of_the_legen
 def test_maps_show_each_pair_above_its_noise_floor_on_one_scale():
     runs = [*PAIR, *floor(PAIR[0])]
     found = figures(study(runs, analysis=analysed(runs, cosine=0.97, order=0.985, seed=0.21)))
-    figure = found["Cosine similarity: LoRA, rank 8 – QLoRA, rank 8"]
+    figure = found["Cosine similarity: LoRA – QLoRA, rank 8"]
     panels = [trace for trace in figure.data if trace.type == "heatmap"]
     assert [trace.name for trace in panels] == [
         "LoRA against QLoRA (overall 0.970)",
@@ -185,6 +185,34 @@ def test_maps_show_each_pair_above_its_noise_floor_on_one_scale():
     columns, rows = table_of(figure)
     got = {(layer, module): value for series, layer, module, value in rows if series == panels[0].name}
     assert columns == ["series", "layer", "module", "value"] and got == wanted
+
+
+def test_all_comparisons_of_adapters_stand_in_one_figure():
+    runs = [*PAIR, *floor(PAIR[0])]
+    found = analysed(runs)
+    neighbours = similarity(PAIR[0], study_run(rank=16), cosine=0.6, kind="other arm") | {
+        "label": "LoRA, rank 8 – LoRA, rank 16"
+    }
+    results = study(runs, analysis=Analysis(updates={}, similarity=(*found.similarity, neighbours)))
+    assert shown(figures(results)["Likeness of the adapters"], "cosine of all updates together") == {
+        "LoRA – QLoRA, rank 8": 0.97,
+        "LoRA, rank 8, other seed": 0.21,
+        "LoRA, rank 8, other row order": 0.985,
+        "LoRA, rank 8 – LoRA, rank 16": 0.6,
+    }
+
+
+def test_modules_stand_in_the_order_of_the_data_and_bases_after_the_arms():
+    entries = sorted(quantisation(layers=2, types=("nf4",)), key=lambda entry: entry["module"])
+    told = behaviour(PAIR)
+    sources = dict(sorted(told["sources"].items(), reverse=True))
+    found = figures(
+        study(PAIR, analysis=Analysis(updates={}, quantisation=tuple(entries), behaviour=told | {"sources": sources}))
+    )
+    modules = list(found["Quantisation error of the base weights"].data[0].y)
+    assert modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    labels = found["Perplexity on held-out rows"].layout.meta["rows"]
+    assert list(labels) == ["LoRA, rank 8", "QLoRA, rank 8", "base", "base nf4"]
 
 
 def test_a_module_that_a_layer_does_not_have_stays_empty():

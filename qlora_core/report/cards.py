@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from qlora_core.report.tables import to_csv
-from qlora_core.study_charts import AXES, QUALITY, SMOOTHINGS, loss_curves, table_of
+from qlora_core.study_charts import AXES, QUALITY, SMOOTHINGS, loss_curves, table_of, usual_smoothing
 from qlora_core.study_results import StudyResults
 
 # Figures that a person may look at along another axis: title -> loss_curves' `what`.
@@ -51,7 +51,7 @@ def _card(results: StudyResults, title: str, figure: go.Figure, into: list[dict[
         entry |= _curve_choices(results, CURVES[title])
         choices = _select("axis", "along", {name: name for name in AXES}, "step")
         if CURVES[title] == "training":
-            choices += _select("smoothing", "smoothing", {name: name for name in SMOOTHINGS}, "some")
+            choices += _select("smoothing", "smoothing", {name: name for name in SMOOTHINGS}, usual_smoothing(results))
     into.append(entry)
     buttons = "".join(
         f'<button type="button" data-save="{kind}" aria-label="{esc(title)} as {kind.upper()}">{kind.upper()}</button>'

@@ -19,6 +19,7 @@ from qlora_core.report.cards import esc, figure_cards, slug
 from qlora_core.report.tables import Table, tables, to_csv
 from qlora_core.run_status import FINISHED
 from qlora_core.study_charts import sections
+from qlora_core.study_charts.behaviour import ordered
 from qlora_core.study_charts.frame import hues
 from qlora_core.study_grid import KINDS
 from qlora_core.study_numbers import Arm, arms, losses, measured, memory_kind, spread
@@ -29,7 +30,8 @@ from qlora_core.wording import loss, seconds, size
 HERE = Path(__file__).parent
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 SIGNS = {"yes": "✓ yes", "no": "✕ no", "unclear": "? unclear"}
-SHOWN_ANSWERS = 20
+# Rows whose answers are written out, and those of them that are not folded.
+SHOWN_ANSWERS, OPEN_ANSWERS = 20, 3
 # A larger table lies beside the page only.
 INLINE_BYTES = 1_500_000
 
@@ -49,7 +51,7 @@ def report_html(results: StudyResults, *, rows: bool = True, folder: Path | None
     for name, some in parts.items():
         body += _section(slug(name), name, figure_cards(results, name, some, figures))
     if rows and results.analysis and results.analysis.behaviour:
-        body += _section("side-by-side", "Answers side by side", _answers(results.analysis.behaviour))
+        body += _section("side-by-side", "Answers side by side", _answers(results))
     body += _section("again", "Make it again", _again(results, rows=rows, folder=folder))
     # "<" would end the script that holds the figures.
     data = json.dumps(figures).replace("<", "\\u003c")
@@ -100,7 +102,7 @@ def _head(results: StudyResults, parts: Mapping[str, Any]) -> str:
 
 def _verdict(verdict: Verdict, *, first: bool = False) -> str:
     numbers = "".join(
-        f"<tr><th scope='row'>{esc(name)}</th><td>{esc(value)}</td></tr>" for name, value in _flat(verdict.numbers)
+        f"<tr><th scope='row'>{esc(name)}</th><td>{esc(value)}</td></tr>" for name, value in flat(verdict.numbers)
     )
     more = (
         f'<details><summary>The numbers</summary><div class="scroll"><table>{numbers}</table></div></details>'
@@ -115,14 +117,14 @@ def _verdict(verdict: Verdict, *, first: bool = False) -> str:
     )
 
 
-def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
+def flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
     """Nested numbers, a line each."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name} · {key}" if name else str(key).replace("_", " "))
+            yield from flat(inner, f"{name} · {key}" if name else str(key).replace("_", " "))
     elif isinstance(value, (list, tuple)) and any(isinstance(one, Mapping) for one in value):
         for place, inner in enumerate(value, 1):
-            yield from _flat(inner, f"{name} · {place}")
+            yield from flat(inner, f"{name} · {place}")
     elif isinstance(value, (list, tuple)):
         yield name, ", ".join(_number(one) for one in value) or "none"
     else:
@@ -206,19 +208,28 @@ def _cells(
 # -- answers, and how to make it again
 
 
-def _answers(behaviour: Mapping[str, Any]) -> str:
-    labels = {source: one.get("label") or source for source, one in behaviour["sources"].items()}
-    cards = ""
+def _answers(results: StudyResults) -> str:
+    assert results.analysis is not None and results.analysis.behaviour is not None
+    behaviour = results.analysis.behaviour
+    order = ordered(behaviour, arms(results))
+    order |= {source: {} for row in behaviour["rows"] for source in row["answers"] if source not in order}
+    labels = {source: one.get("label") or source for source, one in order.items()}
+    cards = []
     for row in behaviour["rows"][:SHOWN_ANSWERS]:
         texts = {"reference": row["reference"]} | {
             labels.get(source, source): text for source, text in row["answers"].items()
         }
         each = "".join(f"<div><h4>{esc(name)}</h4><pre>{esc(text) or '–'}</pre></div>" for name, text in texts.items())
         head = f'<h3>line {esc(row["line"])}</h3><pre class="prompt">{esc(row["prompt"])}</pre>'
-        cards += f'<article class="card">{head}<div class="each">{each}</div></article>'
+        cards.append(f'<article class="card">{head}<div class="each">{each}</div></article>')
     more = len(behaviour["rows"]) - SHOWN_ANSWERS
     note = f'<p class="hint">{more} more in answers.csv.</p>' if more > 0 else ""
-    return f'<div class="answers">{cards}{note}</div>' if cards else ""
+    if not cards:
+        return ""
+    first, rest = cards[:OPEN_ANSWERS], cards[OPEN_ANSWERS:]
+    folded = f'<summary>{counted(len(rest), "more row")}</summary><div class="answers">{"".join(rest)}</div>'
+    folded = f"<details>{folded}</details>" if rest else ""
+    return f'<div class="answers">{"".join(first)}</div>{folded}{note}'
 
 
 def _again(results: StudyResults, *, rows: bool, folder: Path | None) -> str:

@@ -8,6 +8,7 @@ from qlora_core.study_charts.quality import AXES as AXES
 from qlora_core.study_charts.quality import SMOOTHINGS as SMOOTHINGS
 from qlora_core.study_charts.quality import loss_curves as loss_curves
 from qlora_core.study_charts.quality import quality_figures
+from qlora_core.study_charts.quality import usual_smoothing as usual_smoothing
 from qlora_core.study_charts.tabled import table_of as table_of
 from qlora_core.study_charts.weights import weight_figures
 from qlora_core.study_hypotheses import knees, sensitivity
@@ -22,7 +23,7 @@ def sections(results: StudyResults) -> dict[str, dict[str, go.Figure]]:
 
     Every figure carries in itself what makes the runs not quite comparable, and names an arm that has nothing to show.
     """
-    found, notes = arms(results), _notes(results)
+    found, notes = arms(results), notes_of(results)
     parts = {
         COST: cost_figures(found, pairs(found), notes),
         QUALITY: quality_figures(results, found, knees(results, found), sensitivity(found), notes),
@@ -40,5 +41,6 @@ def figures(results: StudyResults) -> dict[str, go.Figure]:
     return {title: figure for part in sections(results).values() for title, figure in part.items()}
 
 
-def _notes(results: StudyResults) -> list[str]:
+def notes_of(results: StudyResults) -> list[str]:
+    """What every figure must say: how the runs are not quite comparable."""
     return ["Not quite comparable: " + "; ".join(results.differences) + "."] if results.differences else []

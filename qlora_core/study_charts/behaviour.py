@@ -33,6 +33,12 @@ def behaviour_figures(analysis: Analysis | None, found: Sequence[Arm], notes: Se
     return figures
 
 
+def ordered(behaviour: Mapping[str, Any], found: Sequence[Arm]) -> dict[str, Any]:
+    """Sources in the order of the arms, then the bases, the one in 16 bits first."""
+    place = {run.run_id: number for number, arm in enumerate(found) for run in arm.runs}
+    return dict(sorted(behaviour["sources"].items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
+
+
 def label_of(behaviour: Mapping[str, Any], source: str) -> str:
     return behaviour["sources"].get(source, {}).get("label") or source
 
@@ -65,14 +71,14 @@ def _colours(behaviour: Mapping[str, Any], found: Sequence[Arm]) -> dict[str, st
     of_arm = hues(found)
     of_run = {run.run_id: of_arm[arm.label] for arm in found for run in arm.runs}
     return {
-        source: of_run.get(source, METHOD_HUES["qlora"] if "nf4" in source else NEUTRAL)
+        source: of_run.get(source, METHOD_HUES["qlora"] if source.startswith("base ") else NEUTRAL)
         for source in behaviour["sources"]
     }
 
 
 def perplexity(behaviour: Mapping[str, Any], found: Sequence[Arm], notes: Sequence[str]) -> go.Figure:
     """A bar for each model, the untuned base among them."""
-    known = {source: one for source, one in behaviour["sources"].items() if one.get("perplexity") is not None}
+    known = {source: one for source, one in ordered(behaviour, found).items() if one.get("perplexity") is not None}
     figure = by_row(
         "Perplexity on held-out rows",
         [label_of(behaviour, source) for source in known],
@@ -93,7 +99,7 @@ def perplexity(behaviour: Mapping[str, Any], found: Sequence[Arm], notes: Sequen
 
 def scores(behaviour: Mapping[str, Any], found: Sequence[Arm], notes: Sequence[str]) -> go.Figure:
     """Share of right answers of each model, with Wilson's interval."""
-    known = {source: one["score"] for source, one in behaviour["sources"].items() if one.get("score")}
+    known = {source: one["score"] for source, one in ordered(behaviour, found).items() if one.get("score")}
     labels = [label_of(behaviour, source) for source in known]
     figure = by_row("Right answers on held-out rows", labels, unit="share of answers that are right", notes=notes)
     colours = _colours(behaviour, found)

@@ -288,9 +288,10 @@ def cost_figures(found: Sequence[Arm], found_pairs: Sequence[Pair], notes: Seque
     figures = {f"Peak memory, {kind}": memory(found, kind, notes) for kind in kinds}
     if any(_seconds(arm) for arm in found):
         figures |= {"Step time": step_time(found, notes), "Speed": speed(found, notes)}
+    figures |= {"Adapter on disk": adapter_size(found, notes)}
     ratio = time_ratio(found_pairs, notes)
     figures |= {"Time of a QLoRA step against LoRA's": ratio} if ratio else {}
     for kind in kinds:
         traded = trade(found, kind, notes)
         figures |= {f"Memory, time and loss, {kind}": traded} if traded else {}
-    return figures | {"Adapter on disk": adapter_size(found, notes)}
+    return figures

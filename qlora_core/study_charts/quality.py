@@ -19,6 +19,8 @@ AXES = {"step": "step", "token": "tokens learnt from", "epoch": "epoch", "time":
 SMOOTHINGS = {"none": 0.0, "some": 0.8, "strong": 0.95}
 # Points of all lines of a figure together.
 POINTS = 8 * MOST_POINTS
+# So few steps are no noise to look through.
+FEW_STEPS = 60
 
 
 def loss_curves(
@@ -60,11 +62,13 @@ def loss_curves(
             x, y = x[::every], smooth(y, smoothing)[::every]
         figure.add_scatter(
             x=x, y=y, name=esc(_curve_label(arm)), legendgroup=arm.label, showlegend=first,
-            mode="lines" if what == "training" and len(x) > 1 else "lines+markers", cliponaxis=False,
+            mode="lines" if what == "training" and len(x) > FEW_STEPS else "lines+markers", cliponaxis=False,
             line={"color": colours[arm.label], "width": 2 if first else 1, "dash": dash},
             marker={"color": colours[arm.label], "size": 7, "symbol": symbol}, opacity=1 if first else 0.6,
             hovertemplate=f"{esc(arm.label)}, seed {run.seed}<br>{esc(AXES[axis])} %{{x:,.4~g}}: %{{y:.4f}}<extra></extra>",
         )  # fmt: skip
+    if axis == "step" and max((len(run.steps) for _, run in runs), default=0) < 10:
+        figure.update_xaxes(dtick=1)
     if every > 1 and what == "training":
         figure.update_xaxes(title_text=f"{AXES[axis]} (one step of {every} shown)")
     return figure
@@ -79,6 +83,11 @@ def _smoothed_in_words(smoothing: float) -> str:
     if not smoothing:
         return "Each step as it was."
     return f"Smoothed: the past of the moving average weighs {smoothing:g}, about {1 / (1 - smoothing):.0f} steps."
+
+
+def usual_smoothing(results: StudyResults) -> str:
+    """A key of SMOOTHINGS: few steps are seen best as they were."""
+    return "some" if max((len(run.steps) for run in results.runs), default=0) > FEW_STEPS else "none"
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
@@ -258,5 +267,5 @@ def quality_figures(
     if any(run.evaluations for arm in found for run in arm.runs):
         figures["Evaluation loss while training"] = loss_curves(results, what="evaluation", notes=notes)
     if any(run.steps for arm in found for run in arm.runs):
-        figures["Training loss"] = loss_curves(results, smoothing=SMOOTHINGS["some"], notes=notes)
+        figures["Training loss"] = loss_curves(results, smoothing=SMOOTHINGS[usual_smoothing(results)], notes=notes)
     return figures

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from qlora_core.study_charts.frame import esc, framed, hues, marks, wrapped
-from qlora_core.study_numbers import FLOORS, Arm, mean_error, similarity_pairs
+from qlora_core.charts import METHOD_HUES, NEUTRAL
+from qlora_core.study_charts.frame import add_dot, by_row, esc, framed, hues, marks, wrapped
+from qlora_core.study_numbers import FLOORS, NEARLY_EQUAL, Arm, Likeness, likenesses, mean_error
 from qlora_core.study_results import Analysis, StudyResults
 
 # Told apart with any colour vision, and in grey (Nuñez, Anderton and Renslow 2018).
@@ -17,8 +18,19 @@ KINDS = {
     "lora-qlora": "LoRA against QLoRA",
     "other seed": "noise floor: another seed",
     "other row order": "noise floor: another row order",
-    "other arm": "two arms",
 }
+FLOW = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "c_attn",
+    "qkv_proj",
+    "query_key_value",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
 
 
 def maps(
@@ -39,7 +51,7 @@ def maps(
     scale; None is taken from the values.
     """
     tables = {name: list(entries) for name, entries in panels.items()}
-    modules = list(dict.fromkeys(entry["module"] for entries in tables.values() for entry in entries))
+    modules = _in_order({entry["module"]: None for entries in tables.values() for entry in entries})
     layers = sorted({-1 if e["layer"] is None else e["layer"] for entries in tables.values() for e in entries})
     ends = {name: _ends(entries, field, limits) for name, entries in tables.items()}
     if not own_scales:
@@ -93,6 +105,12 @@ def maps(
     return figure
 
 
+def _in_order(modules: Iterable[str]) -> list[str]:
+    """As data flow through a layer, where the names are known; others follow in their own order."""
+    place = {name: number for number, name in enumerate(FLOW)}
+    return sorted(modules, key=lambda name: place.get(name.rpartition(".")[2], len(FLOW)))
+
+
 def _ends(
     entries: Iterable[Mapping[str, Any]], field: str, limits: tuple[float | None, float | None]
 ) -> tuple[float, float]:
@@ -101,51 +119,70 @@ def _ends(
     return low if low is not None else min(values), high if high is not None else max(values)
 
 
-def compared(analysis: Analysis) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """Each pair of LoRA and QLoRA with its panels: title -> comparison, the pair first, then its noise floor."""
-    return [
-        (pair, {KINDS["lora-qlora"]: pair} | {KINDS[kind]: floors[kind] for kind in FLOORS if kind in floors})
-        for pair, floors in similarity_pairs(analysis)
-    ]
-
-
-def similarity_figures(analysis: Analysis, notes: Sequence[str]) -> dict[str, go.Figure]:
-    """Cosine and relative difference of the learnt updates, each pair beside what chance alone changes."""
-    figures = {}
-    for pair, panels in compared(analysis):
-        shown = {_overall(name, one, "cosine", ".3f"): one["modules"] for name, one in panels.items()}
-        lowest = min((e["cosine"] for entries in shown.values() for e in entries), default=0)
-        figures[f"Cosine similarity: {pair['label']}"] = maps(
-            "Cosine similarity", shown, "cosine", notes=notes, unit="cosine", digits=".3f",
-            subtitle=f"{pair['label']}. Of the learnt updates. 1: the same direction. Compare with the noise floor, which chance "
-            "alone leaves.",
-            limits=(min(0.0, lowest), 1.0),
-        )  # fmt: skip
-    for pair, panels in compared(analysis):
-        shown = {_overall(name, one, "relative", ".2f"): one["modules"] for name, one in panels.items()}
-        figures[f"Relative difference: {pair['label']}"] = maps(
-            "Relative difference", shown, "relative", notes=notes, unit="difference / size", digits=".3f",
-            subtitle=f"{pair['label']}. Of the learnt updates: norm of their difference, in norms of the first. 0: equal.",
-            limits=(0.0, None),
-        )  # fmt: skip
-    for one in analysis.similarity:
-        if one["kind"] != "other arm":
-            continue
-        figures[f"Cosine similarity: {one['label']}"] = maps(
-            "Cosine similarity",
-            {_overall(KINDS["other arm"], one, "cosine", ".3f"): one["modules"]},
-            "cosine",
-            subtitle=f"{one['label']}. Of the learnt updates. 1: the same direction.",
-            unit="cosine",
-            limits=(min([0.0, *(entry["cosine"] for entry in one["modules"])]), 1.0),
-            digits=".3f",
-            notes=notes,
-        )
+def similarity_figures(results: StudyResults, found: Sequence[Arm], notes: Sequence[str]) -> dict[str, go.Figure]:
+    """All comparisons in one figure, then cosine and relative difference of each pair beside what chance alone changes."""
+    assert results.analysis is not None
+    alike = likenesses(results)
+    figures = {"Likeness of the adapters": overview(results, alike, notes)} if results.analysis.similarity else {}
+    for title, field, digits, limits, words in (
+        ("Cosine similarity", "cosine", ".3f", (None, 1.0), "1: the same direction. Compare with the noise floor."),
+        (
+            "Relative difference",
+            "relative",
+            ".2f",
+            (0.0, None),
+            "Norm of the difference, in norms of the first. 0: equal.",
+        ),
+    ):
+        for one in alike:
+            panels = {_panel(KINDS["lora-qlora"], one.pairs[0], field, digits): one.pairs[0]["modules"]}
+            panels |= {
+                _panel(KINDS[kind], floor, field, digits): floor["modules"] for kind, floor in one.floors.items()
+            }
+            lowest = min((entry[field] for entries in panels.values() for entry in entries), default=0.0)
+            seed = f" First of {len(one.pairs)} seeds." if len(one.pairs) > 1 else ""
+            figures[f"{title}: {one.label}"] = maps(
+                title,
+                panels,
+                field,
+                subtitle=f"{one.label}, learnt updates. {words}{seed}",
+                unit="cosine" if field == "cosine" else "difference / size",
+                limits=(min(0.0, lowest) if limits[0] is None else limits[0], limits[1]),
+                digits=".3f",
+                notes=notes,
+            )
     return figures
 
 
-def _overall(name: str, comparison: Mapping[str, Any], field: str, digits: str) -> str:
+def _panel(name: str, comparison: Mapping[str, Any], field: str, digits: str) -> str:
     return f"{name} (overall {comparison['overall'][field]:{digits}})"
+
+
+def overview(results: StudyResults, alike: Sequence[Likeness], notes: Sequence[str]) -> go.Figure:
+    """The cosine of all matrices together, a row for each comparison: LoRA with QLoRA, with itself, neighbours in the grid."""
+    assert results.analysis is not None
+    rows = {one.label: (one.cosines, METHOD_HUES["qlora"]) for one in alike}
+    for one in results.analysis.similarity:
+        if one["kind"] != "lora-qlora":
+            beside = f", {one['kind']}" if one["kind"] in FLOORS and one["kind"] not in one["label"] else ""
+            hue = METHOD_HUES["lora"] if one["kind"] in FLOORS else NEUTRAL
+            rows.setdefault(f"{one['label']}{beside}", ([], hue))[0].append(one["overall"]["cosine"])
+    figure = by_row(
+        "Likeness of the adapters",
+        list(rows),
+        unit="cosine of all updates together",
+        subtitle="Orange: LoRA with QLoRA. Blue: LoRA with itself, what chance leaves. Grey: neighbours in the grid.",
+        notes=notes,
+    )
+    for row, (label, (cosines, hue)) in enumerate(rows.items()):
+        mean = float(np.mean(cosines))
+        add_dot(
+            figure, row, label, mean, None, colour=hue, text=f"{mean:.3f}", hover=f"cosine {mean:.4f}", values=cosines
+        )
+    figure.add_vline(x=NEARLY_EQUAL, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
+    lowest = min(min(cosines) for cosines, _ in rows.values())
+    figure.update_xaxes(range=[min(0.0, lowest) - 0.03, 1.22], tickvals=[0, 0.25, 0.5, 0.75, NEARLY_EQUAL])
+    return figure
 
 
 def spectrum_figures(results: StudyResults, found: Sequence[Arm], notes: Sequence[str]) -> dict[str, go.Figure]:
@@ -242,7 +279,7 @@ def weight_figures(results: StudyResults, found: Sequence[Arm], notes: Sequence[
     if results.analysis is None:
         return {}
     return (
-        similarity_figures(results.analysis, notes)
+        similarity_figures(results, found, notes)
         | spectrum_figures(results, found, notes)
         | quantisation_figures(results.analysis, notes)
     )

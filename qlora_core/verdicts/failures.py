@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qlora_core.data.rows import counted
 from qlora_core.run_status import ACTIVE, FINISHED
 from qlora_core.study_hypotheses import Knee, knees, sensitivity
-from qlora_core.study_numbers import LOSS_NEAR, Arm, similarity_pairs
+from qlora_core.study_numbers import LOSS_NEAR, Arm, likenesses
 from qlora_core.study_results import StudyResults, StudyRun
 from qlora_core.verdicts.verdict import NO, UNCLEAR, YES, Verdict, listed, signed, sureness
 
@@ -28,7 +28,7 @@ def failure_modes(results: StudyResults, found: Sequence[Arm]) -> list[Verdict]:
         ("rank too low", bool(knees(results, found))),
         (
             "sensitive layer",
-            sensitivity(found) is not None or bool(results.analysis and similarity_pairs(results.analysis)),
+            sensitivity(found) is not None or bool(likenesses(results)),
         ),
         ("data mismatch", any(len(run.evaluations) > 1 for arm in found for run in arm.finished)),
     ):
@@ -105,13 +105,13 @@ def _sensitive_layer(results: StudyResults, found: Sequence[Arm]) -> list[Verdic
 def _layers_apart(results: StudyResults) -> dict[int, tuple[float, float]]:
     """layer -> (cosine of LoRA and QLoRA, cosine that another row order leaves), where they lie far apart; at most three."""
     gaps: dict[int, tuple[float, float]] = {}
-    for pair, floors in similarity_pairs(results.analysis) if results.analysis else []:
-        floor = floors.get("other row order")
+    for one in likenesses(results):
+        pair, floor = one.pairs[0], one.floors.get("other row order")
         if floor is None:
             continue
-        own, chance = ({layer: [] for layer in {m["layer"] for m in one["modules"]}} for one in (pair, floor))
-        for one, into in ((pair, own), (floor, chance)):
-            for module in one["modules"]:
+        own, chance = ({layer: [] for layer in {m["layer"] for m in entry["modules"]}} for entry in (pair, floor))
+        for entry, into in ((pair, own), (floor, chance)):
+            for module in entry["modules"]:
                 into[module["layer"]].append(module["cosine"])
         means = {
             layer: (statistics.fmean(own[layer]), statistics.fmean(chance[layer]))
@@ -189,7 +189,9 @@ def missing(results: StudyResults) -> list[Verdict]:
     return [
         Verdict(
             title="The study is complete",
-            sentence=". ".join(sentences) + ". The rest is compared without.",
+            sentence=". ".join(sentences)
+            + "."
+            + (" The rest is compared without." if len(gone) < len(results.runs) else ""),
             holds=UNCLEAR if len(waited) == len(gone) else NO,
             sureness="high: the state of the runs",
             numbers={run.run_id: run.state for run in gone},

@@ -1,16 +1,15 @@
 """H1 adapters nearly equal, H2 matrices differ in sensitivity, H3 a minimum rank, and whether the answers are alike."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_core.data.rows import counted
 from qlora_core.study_hypotheses import Knee, knees, sensitivity
-from qlora_core.study_numbers import FLOORS, LOSS_NEAR, Arm, mean_error, similarity_pairs
+from qlora_core.study_numbers import FLOORS, LOSS_NEAR, NEARLY_EQUAL, Arm, Likeness, likenesses, mean_error
 from qlora_core.study_results import StudyResults
 from qlora_core.verdicts.verdict import NO, UNCLEAR, YES, Verdict, between, capital, listed, signed, sureness
 
-# Above it two updates count as nearly equal (issue 6).
-NEARLY_EQUAL = 0.95
 # Below this probability chance is no explanation.
 RARE = 0.05
 H1 = "H1: LoRA and QLoRA learn nearly the same adapter"
@@ -22,7 +21,7 @@ def adapters_equal(results: StudyResults) -> list[Verdict]:
     """H1, by the cosine of the whole updates and by what chance alone leaves of it."""
     if results.analysis is None:
         return []
-    found = similarity_pairs(results.analysis)
+    found = likenesses(results)
     if not found:
         reasons = dict.fromkeys(one["reason"] for one in results.analysis.refused)
         if not reasons:
@@ -33,73 +32,77 @@ def adapters_equal(results: StudyResults) -> list[Verdict]:
                 rests_on="the settings of the adapters",
             )
         ]  # fmt: skip
-    by_holds: dict[str, list[Any]] = {}
-    for pair, floors in found:
-        by_holds.setdefault(_nearly_equal(pair, floors), []).append((pair, floors))
+    by_holds: dict[str, list[Likeness]] = {}
+    for one in found:
+        by_holds.setdefault(_nearly_equal(one), []).append(one)
     holds = next(iter(by_holds)) if len(by_holds) == 1 else UNCLEAR
     sentence = " ".join(_told(some) for some in by_holds.values())
     if holds == YES:
         sentence += " By its adapter QLoRA is preferable wherever it saves memory."
-    if any(_floor(floors) is not None for _, floors in found):
-        sure = "moderate: one seed, judged by a noise floor"
-    else:
-        sure = "low: one seed and no noise floor; how alike two LoRA runs are is not known"
     return [
         Verdict(
             title=H1,
             sentence=sentence,
             holds=holds,
-            sureness="low: the runs are not quite comparable" if results.differences else sure,
+            sureness=_how_sure(results, found),
             numbers={
-                pair["label"]: {"cosine": pair["overall"]["cosine"], "relative_difference": pair["overall"]["relative"]}
-                | {f"cosine, {kind}": one["overall"]["cosine"] for kind, one in floors.items()}
-                | {"lowest": _lowest(pair)}
-                for pair, floors in found
+                one.label: {
+                    "cosine": one.cosines,
+                    "relative_difference": [pair["overall"]["relative"] for pair in one.pairs],
+                }
+                | {f"cosine, {kind}": floor["overall"]["cosine"] for kind, floor in one.floors.items()}
+                | {"lowest": min(one.pairs[0]["modules"], key=lambda module: module["cosine"], default=None)}
+                for one in found
             },
-            rests_on=f"the learnt updates (scaling x B·A) of {counted(len(found), 'pair')} of runs, all matrices together",
+            rests_on=f"the learnt updates (scaling x B·A) of {counted(sum(len(one.pairs) for one in found), 'pair')} of runs, all "
+            "matrices together",
         )
     ]
 
 
-def _nearly_equal(pair: dict[str, Any], floors: dict[str, dict[str, Any]]) -> str:
-    cosine, floor = pair["overall"]["cosine"], _floor(floors)
-    if cosine > NEARLY_EQUAL:
+def _how_sure(results: StudyResults, found: Sequence[Likeness]) -> str:
+    seeds, has_floor = min(len(one.pairs) for one in found), any(one.floors for one in found)
+    of_seeds = "one seed" if seeds == 1 else f"{seeds} seeds"
+    if results.differences:
+        return "low: the runs are not quite comparable"
+    if not has_floor:
+        return f"low: {of_seeds} and no noise floor; how alike two LoRA runs are is not known"
+    return f"moderate: {of_seeds}, judged by a noise floor"
+
+
+def _nearly_equal(one: Likeness) -> str:
+    mean, floor = statistics.fmean(one.cosines), _floor(one)
+    if mean > NEARLY_EQUAL:
         return YES
-    return UNCLEAR if floor is not None and cosine >= floor else NO
+    return UNCLEAR if floor is not None and mean >= floor[1] else NO
 
 
-def _told(some: Sequence[tuple[dict[str, Any], dict[str, dict[str, Any]]]]) -> str:
+def _told(some: Sequence[Likeness]) -> str:
     """A sentence on pairs of which the same holds, with the range of their cosines."""
-    cosines = [pair["overall"]["cosine"] for pair, _ in some]
-    side = "above" if min(cosines) > NEARLY_EQUAL else "not above"
-    said = f"{some[0][0]['label'] if len(some) == 1 else f'{len(some)} pairs'}: cosine {_range(cosines)}, {side} {NEARLY_EQUAL}"
-    by_kind = {kind: [floors[kind]["overall"]["cosine"] for _, floors in some if kind in floors] for kind in FLOORS}
+    cosines = [cosine for one in some for cosine in one.cosines]
+    side = "above" if min(cosines) > NEARLY_EQUAL else "not above" if max(cosines) <= NEARLY_EQUAL else "around"
+    said = (
+        f"{some[0].label if len(some) == 1 else f'{len(some)} pairs'}: cosine {_range(cosines)}, {side} {NEARLY_EQUAL}"
+    )
+    by_kind = {kind: [one.floors[kind]["overall"]["cosine"] for one in some if kind in one.floors] for kind in FLOORS}
     reached = [f"{_range(values)} with an{kind}" for kind, values in by_kind.items() if values]
     if not reached:
         return f"{said}; how alike two LoRA runs are was not measured."
-    within = [pair["overall"]["cosine"] >= (_floor(floors) or -1) for pair, floors in some]
-    so = (
-        "no more than chance does"
-        if all(within)
-        else "more than chance does"
-        if not any(within)
-        else "in part more than chance"
-    )
-    return f"{said}; two LoRA runs reach {listed(reached)}, so 4 bits changed {so}."
+    judged = [
+        (kind, statistics.fmean(one.cosines) >= cosine) for one in some if _floor(one) for kind, cosine in [_floor(one)]
+    ]
+    within, chance = [inside for _, inside in judged], f"an{judged[0][0]}"
+    so = "no more than" if all(within) else "more than" if not any(within) else "in part more than"
+    return f"{said}; two LoRA runs reach {listed(reached)}, so 4 bits changed {so} {chance} does."
+
+
+def _floor(one: Likeness) -> tuple[str, float] | None:
+    """The fairest there is: another row order leaves the adapter's start as it was, as 4 bits do; another seed does not."""
+    return next(((kind, one.floors[kind]["overall"]["cosine"]) for kind in FLOORS if kind in one.floors), None)
 
 
 def _range(values: Sequence[float]) -> str:
     return between([f"{min(values):.3f}", f"{max(values):.3f}"])
-
-
-def _floor(floors: dict[str, dict[str, Any]]) -> float | None:
-    """The fairest there is: another row order leaves the adapter's start as it was, as 4 bits do; another seed does not."""
-    one = floors.get("other row order") or floors.get("other seed")
-    return one["overall"]["cosine"] if one else None
-
-
-def _lowest(pair: dict[str, Any]) -> dict[str, Any] | None:
-    return min(pair["modules"], key=lambda module: module["cosine"], default=None)
 
 
 def matrices_differ(results: StudyResults, found: Sequence[Arm]) -> list[Verdict]:
