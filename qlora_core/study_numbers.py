@@ -72,7 +72,7 @@ class Arm:
 
 def arms(results: StudyResults) -> list[Arm]:
     """In the order of the grid."""
-    return [Arm(label=runs[0].label, varied=runs[0].varied, runs=runs) for runs in results.arms() if runs]
+    return [Arm(label=runs[0].label or "as set", varied=runs[0].varied, runs=runs) for runs in results.arms() if runs]
 
 
 def losses(arm: Arm) -> dict[int, float]:

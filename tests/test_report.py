@@ -237,6 +237,27 @@ def test_runs_picked_by_hand_bring_the_settings_of_each(tmp_path):
     assert "train --config configs/RUN.yaml" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    "varied",
+    [
+        [{}, {}],
+        [{"learning_rate": 1e-4}, {"learning_rate": 2e-4}],
+        [{"use_dora": False}, {"use_dora": True}],
+        [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}],
+        [{"int8_modules": []}, {"int8_modules": ["attention"]}, {"int8_modules": "mlp"}],
+    ],
+)
+def test_a_report_of_whatever_was_varied(varied, tmp_path):
+    runs = [study_run(varied=one, seed=seed) for one in varied for seed in (1, 2)]
+    if not varied[0]:
+        runs = [study_run(varied={}, seed=seed) for seed in (1, 2, 3)]
+    results = study(runs, analysis=Analysis(updates={}, behaviour=None))
+    page = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert (runs[0].label or "as set") in page and len(rows_of(tmp_path / "runs.csv")) == len(runs)
+    if varied[0]:
+        assert cli.parser().parse_args(shlex.split(command(results))[3:]).vary
+
+
 def test_an_analysis_that_found_nothing_is_no_error():
     page = report_html(study(ladder(ranks=(4,), seeds=(1,)), analysis=Analysis(updates={})))
     assert 'href="#loss"' in page and 'href="#weights"' not in page

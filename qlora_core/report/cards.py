@@ -14,6 +14,8 @@ from qlora_core.study_results import StudyResults
 
 # Figures that a person may look at along another axis: title -> loss_curves' `what`.
 CURVES = {"Training loss": "training", "Evaluation loss while training": "evaluation"}
+# Cards of such a ratio of heights may stand beside each other.
+ALIKE = 1.7
 
 
 def esc(value: Any) -> str:
@@ -29,15 +31,28 @@ def figure_cards(results: StudyResults, part: str, some: Mapping[str, go.Figure]
     groups: dict[str, list[str]] = {}
     for title in some:
         groups.setdefault(title.partition(": ")[0], []).append(title)
+    wide = _wide({titles[-1]: some[titles[-1]].layout.height for titles in groups.values()})
     cards = folds = ""
     for titles in groups.values():
         *folded, last = [_card(results, title, some[title], into, part) for title in titles]
-        cards += last
+        cards += f'<div class="wide">{last}</div>' if titles[-1] in wide else last
         if folded:
             names = ", ".join(title.partition(": ")[2] for title in titles[:-1])
             summary = f"<summary>{esc(titles[0].partition(': ')[0])}: {esc(names)}</summary>"
             folds += f'<details class="card">{summary}<div class="grid">{"".join(folded)}</div></details>'
     return f'<div class="grid">{cards}</div>{folds}'
+
+
+def _wide(heights: Mapping[str, int]) -> set[str]:
+    """Which cards take a whole row, so that none stands beside a much higher one, and none alone beside nothing."""
+    left, found = list(heights), set()
+    while left:
+        one, *others = left
+        alike = bool(others) and max(heights[one], heights[others[0]]) <= ALIKE * min(heights[one], heights[others[0]])
+        if not alike:
+            found.add(one)
+        left = left[2 if alike else 1 :]
+    return found
 
 
 def _card(results: StudyResults, title: str, figure: go.Figure, into: list[dict[str, Any]], part: str) -> str:

@@ -166,7 +166,7 @@ def _arm(arm: Arm, colour: str) -> str:
     cells = _cells(
         losses_of and losses_of.mean, *values, arm.mean(measured("adapter_bytes")), kind=memory_kind(arm), half=half
     )
-    return _row(colour, esc(arm.label or "as set"), ", ".join(str(run.seed) for run in arm.runs), state, cells, "seeds")
+    return _row(colour, esc(arm.label), ", ".join(str(run.seed) for run in arm.runs), state, cells, "seeds")
 
 
 def _run(run: StudyRun, colour: str) -> str:
@@ -216,9 +216,8 @@ def _answers(results: StudyResults) -> str:
     labels = {source: one.get("label") or source for source, one in order.items()}
     cards = []
     for row in behaviour["rows"][:SHOWN_ANSWERS]:
-        texts = {"reference": row["reference"]} | {
-            labels.get(source, source): text for source, text in row["answers"].items()
-        }
+        answers = {labels[source]: row["answers"][source] for source in order if source in row["answers"]}
+        texts = {"reference": row["reference"]} | answers
         each = "".join(f"<div><h4>{esc(name)}</h4><pre>{esc(text) or '–'}</pre></div>" for name, text in texts.items())
         head = f'<h3>line {esc(row["line"])}</h3><pre class="prompt">{esc(row["prompt"])}</pre>'
         cards.append(f'<article class="card">{head}<div class="each">{each}</div></article>')
