@@ -282,8 +282,10 @@ def chromium():
         started.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-@pytest.mark.parametrize("made", [pytest.param(whole, marks=browser), pytest.param(hostile, marks=browser)])
+@pytest.mark.parametrize(
+    ("made", "width", "scheme"),
+    [pytest.param(whole, 1280, "light", marks=browser), pytest.param(hostile, 390, "dark", marks=browser)],
+)
 def test_a_browser_without_a_network_draws_and_saves_every_figure(made, width, scheme, chromium, tmp_path):
     path = write_report(made(), tmp_path)
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
