@@ -23,7 +23,7 @@ from qlora_core.run_status import ACTIVE, CRASHED, FAILED
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.studies import GRID, Study, StudyStore, measured_paces
-from qlora_core.study_grid import KINDS, Cell, cells, filled, sentence
+from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, sentence
 from qlora_core.study_numbers import Arm, arms, losses
 from qlora_core.study_results import StudyResults
 from qlora_core.study_status import StudyStatus
@@ -65,6 +65,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--report", type=Path, metavar="DIR", help="write report.html, tables and the bundle here at the end"
     )
+    _add_without_rows(command)
     command.add_argument("--detach", action="store_true", help="queue the study and return at once")
     add_options(command, TrainConfig)
     command.set_defaults(command=_compare)
@@ -91,7 +92,18 @@ def _add_studies(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
             command.add_argument("--with-runs", action="store_true", help="delete its runs and their adapters too")
         if name == "report":
             command.add_argument("--out", type=Path, required=True, metavar="DIR")
+            _add_without_rows(command)
         command.set_defaults(command=function, detach=False, report=None)
+        if name in ("resume", "pick"):
+            command.set_defaults(without_rows=False)
+
+
+def _add_without_rows(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--without-rows",
+        action="store_true",
+        help="no row and no answer in the report, where a licence forbids to pass them on",
+    )
 
 
 def _compare(options: argparse.Namespace, settings: Settings) -> int:
@@ -99,7 +111,10 @@ def _compare(options: argparse.Namespace, settings: Settings) -> int:
     kind = options.kind or (GRID if options.vary or options.seeds else FIRST_KIND)
     known = KINDS.get(kind)
     shape = architecture.read(config.base_model, settings)
-    vary = filled({**(known.vary if known else {}), **_varied(options.vary)}, shape)
+    wanted = {**(known.vary if known else {}), **_varied(options.vary)}
+    vary = filled(wanted, shape)
+    for note in fill_notes(wanted, shape):
+        print(note, file=sys.stderr)
     noise_floor = options.noise_floor if options.noise_floor is not None else bool(known and known.noise_floor)
     how = {"seeds": _seeds(options.seeds), "noise_floor": noise_floor}
     locate(config, settings, token=get_token())  # a mistyped file, before anything is computed
@@ -178,7 +193,7 @@ def _start_and_follow(study: Study, options: argparse.Namespace, settings: Setti
         return 0
     with _stopping_on_interrupt(study):
         _watch(study, settings)
-    return _tell(study, as_json=options.json, report=options.report)
+    return _tell(study, as_json=options.json, report=options.report, rows=not options.without_rows)
 
 
 @contextlib.contextmanager
@@ -215,11 +230,11 @@ def _watch(study: Study, settings: Settings) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _tell(study: Study, *, as_json: bool, report: Path | None) -> int:
+def _tell(study: Study, *, as_json: bool, report: Path | None, rows: bool = True) -> int:
     """The table, the verdicts, and where the report lies; exit status 2 where a run did not come to its end."""
     status, results = study.status(), study.results()
     found = verdicts(results)
-    written = _written(results, report) if report else None
+    written = _written(results, report, rows=rows) if report else None
     if as_json:
         print_json({
             "study": status.to_json(),
@@ -235,10 +250,10 @@ def _tell(study: Study, *, as_json: bool, report: Path | None) -> int:
     return _exit_status(status)
 
 
-def _written(results: StudyResults, folder: Path) -> Path:
+def _written(results: StudyResults, folder: Path, *, rows: bool) -> Path:
     from qlora_core.report import write_report  # plotly, which only a report needs, is slow to import
 
-    return write_report(results, folder)
+    return write_report(results, folder, rows=rows)
 
 
 def _exit_status(status: StudyStatus) -> int:
@@ -316,7 +331,7 @@ def _delete(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _report(options: argparse.Namespace, settings: Settings) -> int:
-    written = _written(StudyStore(settings).get(options.study).results(), options.out)
+    written = _written(StudyStore(settings).get(options.study).results(), options.out, rows=not options.without_rows)
     print_json({"report": str(written)}) if options.json else print(written)
     return 0
 

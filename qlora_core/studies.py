@@ -18,7 +18,7 @@ from qlora_core.data.locate import locate
 from qlora_core.data.stored import StoredDataset, store
 from qlora_core.errors import ConfigError, RunError
 from qlora_core.planner.studying import Pace
-from qlora_core.run_status import ACTIVE, FINISHED, RUNNING
+from qlora_core.run_status import ACTIVE, FINISHED, RUNNING, RunStatus
 from qlora_core.runs import Run, RunStore, lock, sync
 from qlora_core.settings import Settings
 from qlora_core.study_grid import ARM, Cell, cells
@@ -147,12 +147,16 @@ class Study:
 
     # -- where it stands, and what it has found
 
-    def status(self) -> StudyStatus:
+    def status(self, known: Mapping[str, RunStatus] | None = None) -> StudyStatus:
+        """`known`: where runs stand, by id, as somebody has just read it; the others are read here."""
+
+        def stands(run_id: str | None) -> RunStatus | None:
+            run = self.run(run_id)
+            return ((known or {}).get(run.run_id) or run.status()) if run else None
+
         told = self.told()
-        found = [(entry, self.run(entry["run_id"])) for entry in told["runs"]]
-        runs = [(_label(entry), run.status() if run else None) for entry, run in found]
-        analysis = self.run(told["analysis"])
-        of_analysis = analysis.status() if analysis else None
+        runs = [(_label(entry), stands(entry["run_id"])) for entry in told["runs"]]
+        of_analysis = stands(told["analysis"])
         done = sum(status is not None and status.state == FINISHED for _, status in runs)
         state = state_of([status for _, status in runs], of_analysis)
         return StudyStatus(

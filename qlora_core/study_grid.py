@@ -18,6 +18,12 @@ METHODS = ["lora", "qlora"]
 # In a kind's `vary`: values that the model's layers decide.
 MATRICES, LAYER_GROUPS = "each matrix by itself", "each quarter of the layers by itself"
 GROUPS = 4
+# Settings that name layers, and what of a layer lets them.
+LAYER_FIELDS = {
+    "target_modules": "is_adaptable",
+    "quantize_modules": "is_quantisable",
+    "int8_modules": "is_quantisable",
+}
 # What would make runs no longer comparable, and why.
 FIXED = {
     **dict.fromkeys(
@@ -115,14 +121,44 @@ class Cell:
 
 
 def filled(vary: Mapping[str, Sequence[Any]], shape: Architecture) -> dict[str, list[Any]]:
-    """`vary` with what the model's layers decide."""
+    """`vary` with what the model's layers decide, and without groups that it has not and values that mean the layers of an
+    earlier one; `fill_notes` says which those are."""
+    return {name: _distinct(name, options, shape)[0] for name, options in vary.items()}
+
+
+def fill_notes(vary: Mapping[str, Sequence[Any]], shape: Architecture) -> list[str]:
+    """What `filled` leaves out and why, each a sentence; empty for most models."""
+    return [note for name, options in vary.items() for note in _distinct(name, options, shape)[1]]
+
+
+def _distinct(field: str, options: Sequence[Any], shape: Architecture) -> tuple[list[Any], list[str]]:
     values = {MATRICES: matrices(shape), LAYER_GROUPS: layer_groups(shape)}
-    return {
-        name: [
-            value for given in options for value in (values.get(given, [given]) if isinstance(given, str) else [given])
-        ]
-        for name, options in vary.items()
-    }
+    given = [v for option in options for v in (values.get(option, [option]) if isinstance(option, str) else [option])]
+    if field not in LAYER_FIELDS:
+        return given, []
+    names = [layer.name for layer in shape.layers]
+    able = [layer.name for layer in shape.layers if not layer.is_head and getattr(layer, LAYER_FIELDS[field])]
+    fused = selectors.fused_names(names)
+    why = f", as query, key and value are one matrix, {fused}" if fused else ""
+    known: dict[frozenset[str], Any] = {}
+    kept, notes = [], []
+    for value in given:
+        layers, problems = selectors.find(value, names, able)
+        same = known.get(frozenset(layers))
+        if same is not None and not problems:
+            notes.append(
+                f"{field} {_told(value)} means the same layers as {_told(same)} here{why}: one run stands for both"
+            )
+        elif not layers and value in selectors.GROUPS:
+            notes.append(f"{field} {_told(value)} is left out: the model has no such layers")
+        else:
+            known.setdefault(frozenset(layers), value)
+            kept.append(value)
+    return kept, notes
+
+
+def _told(value: str | Sequence[str]) -> str:
+    return ", ".join(selectors.as_list(value)) or "none"
 
 
 def matrices(shape: Architecture) -> list[tuple[str, ...]]:

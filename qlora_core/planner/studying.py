@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_core import precision
 from qlora_core.data.rows import counted
+from qlora_core.errors import ConfigError
 from qlora_core.memory import GIB, Planned
 from qlora_core.planner.facts import Facts
 from qlora_core.planner.fitting import planned, row_lengths, usable_bytes
@@ -62,13 +64,26 @@ class StudyEstimate:
 
 
 def estimate_study(facts: Facts, made: Sequence[Cell], paces: Iterable[Pace]) -> StudyEstimate:
-    """`facts` as of a single run; each cell brings its own settings."""
+    """`facts` as of a single run; each cell brings its own settings. Raises ConfigError with all that the model has against them."""
+    _check_layers(facts, made)
     of_cells = [replace(facts, config=cell.config) for cell in made]
     cells = [PlannedCell(cell, planned(of_cell)) for cell, of_cell in zip(made, of_cells, strict=True)]
     paces = list(paces)
     seconds = [_seconds(of_cell, paces) for of_cell in of_cells]
     known = [value for value in seconds if value is not None]
     return StudyEstimate(tuple(cells), usable_bytes(facts), sum(known) if len(known) == len(seconds) else None)
+
+
+def _check_layers(facts: Facts, made: Sequence[Cell]) -> None:
+    """A layer that the model has not would show only when the worker looks for it."""
+    problems: dict[str, None] = {}
+    for cell in made if facts.architecture else ():
+        try:
+            precision.check(facts.architecture.layers, cell.config)
+        except ConfigError as error:
+            problems |= dict.fromkeys(f"{cell.label}: {problem}" for problem in error.problems)
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _seconds(facts: Facts, paces: Sequence[Pace]) -> float | None:
