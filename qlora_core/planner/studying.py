@@ -64,7 +64,8 @@ class StudyEstimate:
 
 
 def estimate_study(facts: Facts, made: Sequence[Cell], paces: Iterable[Pace]) -> StudyEstimate:
-    """`facts` as of a single run; each cell brings its own settings. Raises ConfigError with all that the model has against them."""
+    """`facts` as of a single run; each cell brings its own settings. Raises ConfigError with all that the model has against
+    them."""
     _check_layers(facts, made)
     of_cells = [replace(facts, config=cell.config) for cell in made]
     cells = [PlannedCell(cell, planned(of_cell)) for cell, of_cell in zip(made, of_cells, strict=True)]
