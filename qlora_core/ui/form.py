@@ -165,8 +165,9 @@ def wrong_fields(problems: Iterable[str]) -> list[str]:
     return [match[0] for match in found if match and match[0] in SPECS]
 
 
-def command_line(config: TrainConfig) -> str:
-    """What does the same in a shell: only options that differ from the defaults, quoted, one a line."""
+def command_line(config: TrainConfig, command: str = "train", *words: str) -> str:
+    """What does the same in a shell: only options that differ from the defaults, quoted, one a line, after `words` of the
+    command's own."""
     default, parts = TrainConfig(), []
     for spec in fields(TrainConfig):
         value, option = getattr(config, spec.name), spec.name.replace("_", "-")
@@ -177,7 +178,7 @@ def command_line(config: TrainConfig) -> str:
         else:
             text = (",".join(value) or "none") if isinstance(value, tuple) else str(value)
             parts.append(f"--{option} {shlex.quote(_short(text) if spec.name in ('data', 'eval_data') else text)}")
-    return " \\\n  ".join(["python -m qlora_core train", *parts])
+    return " \\\n  ".join([f"python -m qlora_core {command}", *words, *parts])
 
 
 def _short(path: str) -> str:

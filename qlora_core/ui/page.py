@@ -30,13 +30,13 @@ def build_app(settings: Settings) -> gr.Blocks:
     with gr.Blocks(title="QLoRA Lab", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         status = gr.HTML(status_html([]), elem_id="status")
         with gr.Tabs(selected=DATA, elem_id="tabs") as tabs:
-            with gr.Tab("Data", id=DATA):
+            with gr.Tab("Data", id=DATA) as data_tab:
                 data = DataTab(settings)
             with gr.Tab("Train", id=TRAIN) as train_tab:
                 train = TrainTab(settings, data.rows.fields)
-            with gr.Tab("Runs", id=RUNS):
+            with gr.Tab("Runs", id=RUNS) as runs_tab:
                 runs = RunsTab(settings, status)
-            with gr.Tab("Compare", id=COMPARE):
+            with gr.Tab("Compare", id=COMPARE) as compare_tab:
                 compare = CompareTab(settings, train)
             with gr.Tab("Publish", id=PUBLISH) as publish_tab:
                 publish = PublishTab(settings)
@@ -44,7 +44,7 @@ def build_app(settings: Settings) -> gr.Blocks:
         train.connect(data.chosen, picked, HIDDEN)
         train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
         runs.connect(HIDDEN)
-        compare.connect(data.chosen, HIDDEN)
+        compare.connect(compare_tab, [data_tab, train_tab, runs_tab, publish_tab], data.chosen, HIDDEN)
         publish.connect(HIDDEN)
         _connect_tabs(tabs, publish_tab, data, train, runs, compare, publish)
         _open_page(demo, tabs, runs, compare, settings)
@@ -80,7 +80,8 @@ def _connect_tabs(
     def to_run(event: gr.EventData) -> tuple[Any, str]:
         return gr.Tabs(selected=RUNS), event.run
 
-    compare.runs.select(to_run, None, [tabs, runs.selected], **HIDDEN)
+    for leads in (compare.runs, compare.strip):
+        leads.select(to_run, None, [tabs, runs.selected], **HIDDEN)
     data.use.click(lambda: gr.Tabs(selected=TRAIN), None, tabs, **HIDDEN)
     train.change.click(lambda: gr.Tabs(selected=DATA), None, tabs, **HIDDEN)
     train.start.click(

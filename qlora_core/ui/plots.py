@@ -26,87 +26,125 @@ new ResizeObserver(() => { if (target.data && target.offsetWidth) window.Plotly.
 
 
 GALLERY_CSS = """
-.lab-gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 14px 18px; }
-.lab-gallery h3 { grid-column: 1 / -1; margin: 10px 0 0; } .lab-gallery .lab-plot { min-width: 0; }
+.lab-gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 350px)), 1fr));
+  gap: 12px; }
+.lab-figure { min-width: 0; display: flex; flex-direction: column; border: 1px solid var(--border-color-primary);
+  border-radius: 10px; padding: 2px 4px 6px; background: var(--block-background-fill); }
+.lab-figure .tools { display: flex; justify-content: flex-end; align-items: center; gap: 6px; padding: 0 8px; margin-top: auto; }
+.lab-figure .tools button { margin: 0; padding: 1px 9px; border: 1px solid var(--border-color-primary); border-radius: 6px;
+  cursor: pointer; font-size: .74rem; font-weight: 600; background: transparent; color: var(--muted); }
+.lab-figure .tools button:hover { color: var(--body-text-color); border-color: var(--muted); }
+.lab-figure .tools select { margin-right: auto; min-width: 0; max-width: 60%; padding: 2px 6px; appearance: auto;
+  border-radius: 6px; border: 1px solid var(--border-color-primary); background: var(--block-background-fill);
+  color: var(--body-text-color);
+  font-size: .8rem; }
 """
-# Figures come and go: each has its place by its title, so that one that stays keeps its zoom. SVG and CSV go beside plotly's PNG.
+# Figures come and go: each card has its place by its title, so that one that stays keeps its zoom and what was chosen in it. One
+# is drawn when it comes into sight, and a closed part of the page draws none.
 GALLERY = """
 const target = element.querySelector('.lab-gallery');
-const save = (text, name) => {
+const touch = window.matchMedia('(pointer: coarse)').matches;
+const cards = new Map();
+const save = (name, href) => {
   const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], { type: 'text/csv' })); link.download = name; link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  link.download = name; link.href = href; link.click();
 };
-const cell = (value) => {
-  const text = value === null || value === undefined ? '' : String(value);
-  return /[",\\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
+const entry = (card) => card.entries.find(({ name }) => name === card.chosen) || card.entries.at(-1);
+const draw = (card) => {
+  if (!card.near || !card.plot.offsetWidth) return;
+  const text = JSON.stringify(entry(card).figure);
+  if (card.drawn === text) return;
+  card.drawn = text;
+  // plotly writes into what it draws.
+  const { data, layout } = JSON.parse(text);
+  // On a touch screen a finger scrolls the page, not the figure.
+  window.Plotly.react(card.plot, data, touch ? { ...layout, dragmode: false } : layout, { responsive: true, displaylogo: false });
 };
-const csv = (plot) => {
-  const rows = [['trace', 'x', 'y', 'z']];
-  plot.data.forEach((trace) => {
-    if (trace.z) trace.z.forEach((row, i) => Array.from(row).forEach((z, j) =>
-      rows.push([trace.name, trace.x ? trace.x[j] : j, trace.y ? trace.y[i] : i, z])));
-    else {
-      const x = trace.x || [], y = trace.y || [];
-      for (let i = 0; i < Math.max(x.length, y.length); i++) rows.push([trace.name, x[i], y[i], '']);
+const picture = async (card, format) => {
+  const { figure, file } = entry(card), seen = card.plot.layout || {};
+  const white = { paper_bgcolor: '#fff', plot_bgcolor: '#fff', font: { ...figure.layout.font, color: '#1e293b' } };
+  const layout = { ...figure.layout, ...white };
+  // As it is zoomed.
+  for (const axis of Object.keys(seen).filter((name) => /^[xy]axis/.test(name)))
+    layout[axis] = { ...layout[axis], range: seen[axis].range, autorange: seen[axis].autorange };
+  const size = { width: Math.max(card.plot.offsetWidth, 640), height: figure.layout.height };
+  save(file + '.' + format, await window.Plotly.toImage({ data: figure.data, layout },
+    { format, scale: format === 'png' ? 2 : 1, ...size }));
+};
+const table = ({ csv, file }) => {
+  const href = URL.createObjectURL(new Blob([csv], { type: 'text/csv' }));
+  save(file + '.csv', href);
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
+};
+const of = (box) => [...cards.values()].find((card) => card.box === box || card.plot === box);
+const near = new IntersectionObserver((seen) => seen.forEach(({ target: box, isIntersecting }) => {
+  const card = of(box);
+  if (card) { card.near = isIntersecting; draw(card); }
+}), { rootMargin: '300px' });
+// A window that is made narrower, a part that is opened.
+const sized = new ResizeObserver((seen) => seen.forEach(({ target: plot }) => {
+  const card = of(plot);
+  if (card && plot.offsetWidth) { draw(card); if (plot.data) window.Plotly.Plots.resize(plot); }
+}));
+const make = (title) => {
+  const [box, plot, tools] = ['lab-figure', 'lab-plot', 'tools'].map((name) => {
+    const made = document.createElement('div'); made.className = name; return made; });
+  const choice = document.createElement('select');
+  const card = { box, plot, choice, near: false };
+  choice.setAttribute('aria-label', title + ' of');
+  choice.onchange = () => { card.chosen = choice.value; fit(card); draw(card); };
+  tools.append(choice);
+  ['PNG', 'SVG', 'CSV'].forEach((kind) => {
+    const button = document.createElement('button');
+    button.type = 'button'; button.textContent = kind; button.setAttribute('aria-label', title + ' as ' + kind);
+    button.onclick = () => kind === 'CSV' ? table(entry(card)) : picture(card, kind.toLowerCase());
+    tools.append(button);
+  });
+  plot.setAttribute('role', 'img'); plot.setAttribute('aria-label', title);
+  box.append(plot, tools);
+  near.observe(box); sized.observe(plot);
+  return card;
+};
+const fit = (card) => { card.plot.style.height = entry(card).figure.layout.height + 'px'; };
+const update = () => {
+  const given = props.value ? JSON.parse(props.value) : [];
+  given.forEach(({ title, entries }, place) => {
+    if (!cards.has(title)) cards.set(title, make(title));
+    const card = cards.get(title), names = entries.map(({ name }) => name);
+    if (target.children[place] !== card.box) target.insertBefore(card.box, target.children[place] || null);
+    card.entries = entries;
+    if (card.names !== String(names)) {
+      card.choice.replaceChildren(...names.map((name) => new Option(name, name)));
+      card.names = String(names);
     }
+    card.choice.hidden = names.length < 2;
+    card.choice.value = entry(card).name;
+    fit(card); draw(card);
   });
-  return rows.map((row) => row.map(cell).join(',')).join('\\n');
-};
-const icon = (letter) => ({ width: 1000, height: 1000,
-  svg: `<svg viewBox="0 0 24 24" xmlns="http://www.w3.org/2000/svg"><text x="12" y="18" text-anchor="middle" font-size="15"
-    font-family="system-ui, sans-serif" font-weight="700">${letter}</text></svg>` });
-const buttons = (title) => [
-  { name: 'Save as PNG', icon: icon('P'), click: (p) => Plotly.downloadImage(p, { format: 'png', filename: title, scale: 2 }) },
-  { name: 'Save as SVG', icon: icon('S'), click: (p) => Plotly.downloadImage(p, { format: 'svg', filename: title }) },
-  { name: 'Save as CSV', icon: icon('C'), click: (p) => save(csv(p), title + '.csv') },
-];
-const draw = () => {
-  const parts = props.value ? JSON.parse(props.value) : [];
-  const wanted = new Set();
-  let last = null;
-  const place = (key, make) => {
-    wanted.add(key);
-    let found = [...target.children].find((child) => child.dataset.key === key);
-    if (!found) { found = make(); found.dataset.key = key; }
-    const next = last ? last.nextSibling : target.firstChild;
-    if (found !== next) target.insertBefore(found, next);
-    last = found;
-    return found;
-  };
-  parts.forEach(({ part, figures }) => {
-    if (part) place('part ' + part, () => {
-      const head = document.createElement('h3'); head.className = 'lab-step'; head.textContent = part; return head; });
-    figures.forEach(({ title, figure }) => {
-      const box = place(part + ' / ' + title, () => {
-        const made = document.createElement('div');
-        made.className = 'lab-plot'; made.setAttribute('role', 'img'); return made; });
-      box.setAttribute('aria-label', title);
-      box.style.height = figure.layout.height + 'px';
-      window.Plotly.react(box, figure.data, figure.layout,
-        { responsive: true, displaylogo: false, modeBarButtonsToAdd: buttons(title) });
-    });
+  const kept = new Set(given.map(({ title }) => title));
+  cards.forEach((card, title) => {
+    if (kept.has(title)) return;
+    near.unobserve(card.box); sized.unobserve(card.plot);
+    if (card.plot.data) window.Plotly.purge(card.plot);
+    card.box.remove(); cards.delete(title);
   });
-  [...target.children].forEach((child) => { if (!wanted.has(child.dataset.key)) child.remove(); });
 };
-watch('value', draw);
-draw();
-// A tab that was hidden has no width while it is drawn.
-new ResizeObserver(() => target.querySelectorAll('.lab-plot').forEach((plot) => {
-  if (plot.data && plot.offsetWidth) window.Plotly.Plots.resize(plot); })).observe(target);
+watch('value', update);
+update();
 """
 
 
-def gallery(*, elem_id: str) -> gr.HTML:
-    """Any number of figures, by part and title. Its value is JSON: [{part, figures: [{title, figure}]}]."""
+def gallery(*, elem_id: str, least: int = 350) -> gr.HTML:
+    """Any number of figures beside each other, none narrower than `least` pixels where the page is as wide. Its value is JSON:
+    [{title, entries: [{name, figure, csv, file}]}]: a card for each title; of several entries one is chosen, at first the last.
+    PNG and SVG are made from the figure; `file` is the name of what is saved, without its end."""
     return gr.HTML(
         "",
-        html_template='<div class="lab-gallery"></div>',
+        html_template=f'<div class="lab-gallery" style="--least:{least}px"></div>',
         css_template=GALLERY_CSS,
         js_on_load=GALLERY,
         head=f'<script src="gradio_api/file={PLOTLY_JS}"></script>',
         elem_id=elem_id,
-        elem_classes="lab-chart",
     )
 
 

@@ -1,60 +1,55 @@
-"""Studies as HTML: the list, one of them with its runs, what a new one will be, verdicts, answers. Reads, computes nothing."""
+"""Studies as HTML: the list, and one of them with its runs. Reads what has changed only, judges nothing."""
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
-import plotly.graph_objects as go
-
-from qlora_core.config import TrainConfig
-from qlora_core.errors import RunError
-from qlora_core.planner.studying import StudyEstimate, fit_sentence
-from qlora_core.run_status import ACTIVE, FINISHED, RUNNING
+from qlora_core.errors import LabError
+from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.settings import Settings
-from qlora_core.studies import PICKED, StudyStore
-from qlora_core.study_grid import KINDS, Cell, sentence
-from qlora_core.study_results import StudyResults
+from qlora_core.studies import PICKED, Study, StudyStore
+from qlora_core.study_grid import KINDS
+from qlora_core.study_results import GONE, NONE
 from qlora_core.study_status import StudyStatus
 from qlora_core.ui import run_view
-from qlora_core.ui.words import clock, duration, empty, esc, loss, memory, seconds, short, size, state_chip
-from qlora_core.verdicts import Verdict
-from qlora_core.wording import METHOD_NAMES
-
-INTRODUCTION = (
-    '<p class="lab-hint">A study trains runs that differ in one thing, on the same rows in the same order, and says what it '
-    "cost and what it saved. It takes the dataset and the settings of the Train tab.</p>"
+from qlora_core.ui.words import (
+    STATE_SIGNS,
+    clock,
+    duration,
+    empty,
+    esc,
+    loss,
+    memory,
+    problems_panel,
+    seconds,
+    short,
+    state_chip,
 )
-NO_STUDIES = empty("No studies yet", "Choose LoRA vs QLoRA above: two runs, their noise floor, and a verdict.")
-CHECKING = '<p class="lab-hint" role="status">Checking the dataset and making the runs …</p>'
-WRITING = '<p class="lab-hint" role="status">Writing the report …</p>'
-HOLDS = {"yes": "✓ yes", "no": "✕ no", "unclear": "? unclear"}
-SHOWN_ROWS = 12
-VERDICTS_CSS = """
-.lab-verdicts { display: grid; gap: 10px; margin: 6px 0 4px; }
-.lab-verdict { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--tone); border-radius: 10px;
-  padding: 10px 14px; background: var(--block-background-fill); }
-.lab-verdict.yes { --tone: var(--finished); } .lab-verdict.no { --tone: var(--failed); }
-.lab-verdict.unclear { --tone: var(--muted); }
-.lab-verdict h4 { margin: 0 0 2px; font-size: .88rem; color: var(--muted); font-weight: 600; }
-.lab-verdict h4 span { color: var(--tone); margin-left: 8px; white-space: nowrap; }
-.lab-verdict p { margin: 0; overflow-wrap: anywhere; }
-.lab-verdict.first p.told { font-size: 1.18rem; line-height: 1.4; }
-.lab-verdict p.rests { margin-top: 4px; font-size: .82rem; color: var(--muted); }
+
+NO_STUDIES = empty("No studies yet", "LoRA vs QLoRA makes one: both methods, what chance alone changes, and a verdict.")
+# What a study's state is called, where a run has no such state: (word, class and sign of another).
+OTHER_STATES = {GONE: ("incomplete", STOPPED), NONE: ("not started", QUEUED)}
+STATE_MEANING = {
+    QUEUED: "Nothing to do: it starts when the device is free.",
+    STOPPED: "Resume goes on with what is missing.",
+    FAILED: "What finished is compared, what is missing is named. Resume tries the failed runs again.",
+    CRASHED: "Resume goes on from the newest saves.",
+    GONE: "Resume makes the missing runs anew.",
+    NONE: "Resume starts it.",
+}
+ANALYSIS = "analysis"
+STRIP_CSS = """
+.strip { display: flex; flex-wrap: wrap; gap: 7px; max-height: 170px; overflow: auto; padding: 2px; }
+.strip button { display: inline-flex; align-items: center; gap: 7px; padding: 3px 11px; border-radius: 999px; cursor: pointer;
+  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); color: var(--body-text-color);
+  font-size: .86rem; font-weight: 500; text-align: left; }
+.strip button:hover { border-color: var(--muted); } .strip button[disabled] { cursor: default; opacity: .75; }
+.strip .lab-chip { font-size: .86rem; }
 """
-PLAN_CSS = """
-.lab-plan ul { margin: 6px 0 0; padding-left: 18px; columns: 2; font-size: .9rem; }
-.lab-plan li { break-inside: avoid; } .lab-plan code { overflow-wrap: anywhere; }
-@media (max-width: 700px) { .lab-plan ul { columns: 1; } }
-"""
-ANSWERS_CSS = """
-.lab-answers { display: grid; gap: 16px; }
-.lab-answers section { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 14px; }
-.lab-answers h4 { margin: 0 0 4px; font-size: .82rem; color: var(--muted); font-weight: 600; }
-.lab-answers .each { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 10px 16px;
-  margin-top: 8px; padding-top: 8px; border-top: 1px solid var(--border-color-primary); }
-.lab-answers pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .84rem; background: none; }
+PICK = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-run]');
+  if (button) trigger('select', { run: button.dataset.run });
+});
 """
 
 
@@ -62,204 +57,184 @@ ANSWERS_CSS = """
 
 
 def statuses(settings: Settings) -> list[StudyStatus]:
-    """Of all studies, newest first; one is folded again only when something of its runs changed."""
+    """Of all studies, newest first; one is folded again only when it or one of its runs has changed."""
+    known = {status.run_id: status for status in run_view.statuses(settings)}
     found = []
-    signature = hash(tuple(run_view.statuses(settings)))
     for study in StudyStore(settings).list():
         try:
-            found.append(_status(study, signature, (study.path / "study.json").stat().st_mtime_ns))
-        except (OSError, RunError):  # deleted meanwhile, or unreadable: `studies list` says why
+            written = (study.path / "study.json").stat().st_mtime_ns
+            found.append(_status(study, written, tuple(known.get(run_id) for run_id in _run_ids(study, written))))
+        except (OSError, LabError):  # deleted meanwhile, or unreadable: `unreadable` says why
             continue
     return found
 
 
 @lru_cache(maxsize=256)
-def _status(study: Any, _signature: int, _written: int) -> StudyStatus:
-    return study.status()
+def _run_ids(study: Study, _written: int) -> tuple[str | None, ...]:
+    told = study.told()
+    return (*(entry["run_id"] for entry in told["runs"]), told["analysis"])
 
 
-def drawn(status: StudyStatus) -> str:
-    """Changes when the figures do: a run has been evaluated or has ended, or the analysis has."""
+@lru_cache(maxsize=256)
+def _status(study: Study, _written: int, known: tuple[RunStatus | None, ...]) -> StudyStatus:
+    return study.status({status.run_id: status for status in known if status})
+
+
+def unreadable(settings: Settings) -> list[str]:
+    """A sentence for each study whose file cannot be read."""
+    problems = []
+    for study in StudyStore(settings).list():
+        try:
+            _run_ids(study, (study.path / "study.json").stat().st_mtime_ns)
+        except LabError as error:
+            problems += error.problems
+        except OSError:  # deleted meanwhile
+            continue
+    return problems
+
+
+def results_marker(status: StudyStatus) -> str:
+    """Changes when figures and verdicts do: a run was evaluated or has ended, the analysis has begun or ended."""
     runs = [(run.run_id, run.state, run.eval_loss) if run else None for _, run in status.runs]
-    analysis = (
-        (status.analysis.state, status.analysis.phase if status.analysis.state == RUNNING else "")
-        if status.analysis
-        else None
-    )
-    return str(hash((status.study_id, str(runs), analysis)))
+    return f"{status.study_id} {runs} {status.analysis.state if status.analysis else None}"
 
 
-# -- before it starts
+def curves_marker(status: StudyStatus) -> str:
+    """Changes also while runs train, about a hundred times in a study: each redraw reads every step."""
+    total = sum(run.total_steps or 0 for _, run in status.runs if run)
+    made = sum(run.step for _, run in status.runs if run)
+    return f"{results_marker(status)} {100 * made // total if total else 0}"
 
 
-def default_name(kind: str, config: TrainConfig) -> str:
-    """Of what is compared and the rows: the form's name is that of a single run."""
-    return f"{KINDS[kind].title if kind in KINDS else 'Study'}, {Path(config.data).stem.replace('_', ' ')}"
+# -- the list
 
 
-def plan_html(config: TrainConfig, how: dict[str, Any], made: Sequence[Cell], found: StudyEstimate) -> str:
-    """What Start will do: the runs, what they need, how long they take, and the equal command."""
-    items = "".join(f"<li>{esc(cell.cell.label)}{_seed(cell.cell, how)}{_needed(cell)}</li>" for cell in found.cells)
-    time = (
-        f"about {duration(found.seconds)}, the analysis not counted"
-        if found.seconds
-        else ("unknown until a run of each method was measured here")
-    )
-    fits = fit_sentence(found)
-    tone = "lab-warn" if found.problems() else "lab-hint"
-    return (
-        f'<div class="lab-card lab-plan"><h3>{esc(how["name"])}</h3><p>{esc(sentence(made))}.</p>'
-        f'<p class="{tone}">{esc(fits[:1].upper() + fits[1:])}. <em>Estimate.</em></p>'
-        f'<p class="lab-hint">Time: {esc(time)}.</p><ul>{items}</ul>'
-        f'<p class="lab-hint" style="margin-top:8px">On the command line: <code>{esc(command(config, how))}</code></p></div>'
-    )
+def chip(state: str) -> str:
+    if state in STATE_SIGNS:
+        return state_chip(state)
+    word, like = OTHER_STATES[state]
+    return f'<span class="lab-chip lab-{like}"><i aria-hidden="true">{STATE_SIGNS[like]}</i>{word}</span>'
 
 
-def _seed(cell: Cell, how: dict[str, Any]) -> str:
-    return f", seed {cell.seed}" if len(how["seeds"]) > 1 else ""
-
-
-def _needed(cell: Any) -> str:
-    if cell.plan is None:
-        return ""
-    return f" · {size(cell.plan.estimate.needed_bytes)}" + ("" if cell.fits else " <b>does not fit</b>")
-
-
-def command(config: TrainConfig, how: dict[str, Any]) -> str:
-    """The same from the shell; settings come from the form's own YAML."""
-    vary = " ".join(
-        f"--vary {name}={','.join(_written(value) for value in values)}" for name, values in how["vary"].items()
-    )
-    seeds = f" --seeds {','.join(map(str, how['seeds']))}" if how["seeds"] else ""
-    floor = " --noise-floor" if how["noise_floor"] else ""
-    return f"python -m qlora_core compare --config settings.yaml {vary}{seeds}{floor}"
-
-
-def _written(value: Any) -> str:
-    return ("+".join(value) or "none") if isinstance(value, (list, tuple)) else str(value)
-
-
-# -- the list, and one of them
-
-
-def table_html(found: Sequence[StudyStatus], chosen: str) -> str:
+def table_html(found: Sequence[StudyStatus], chosen: str, problems: Sequence[str] = ()) -> str:
+    told = problems_panel(problems, title="Studies that cannot be read")
     if not found:
-        return NO_STUDIES
-    rows = "".join(_row(status, status.study_id == chosen) for status in found)
-    heads = (
-        "".join(f"<th>{name}</th>" for name in ("name", "state", "kind"))
-        + '<th class="num">runs done</th><th>when</th>'
-    )
+        return told + NO_STUDIES
+    rows = "".join(_row(status, status.study_id == chosen, _id_chip(status, found)) for status in found)
+    heads = "".join(f"<th>{name}</th>" for name in ("study", "state", "what is compared"))
     return (
-        f'<div class="lab-scroll"><table class="lab-table lab-runs"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'{told}<div class="lab-scroll"><table class="lab-table lab-runs"><thead><tr>{heads}'
+        f'<th class="num">runs done</th><th>when</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
-def _row(status: StudyStatus, is_chosen: bool) -> str:
+def _id_chip(status: StudyStatus, known: Sequence[StudyStatus]) -> str:
+    """The part of its id that no other study has, where another has the same name."""
+    if not any(other.name == status.name and other.study_id != status.study_id for other in known):
+        return ""
+    return f' <span class="lab-id">{esc(short(status.study_id))}</span>'
+
+
+def _row(status: StudyStatus, is_chosen: bool, id_chip: str) -> str:
     mark = ' class="chosen" aria-current="true"' if is_chosen else ""
     return (
-        f'<tr data-run="{esc(status.study_id)}"{mark}><td><button type="button">{esc(status.name)}</button></td>'
-        f"<td>{state_chip(status.state)}</td><td>{esc(kind_words(status.kind))}</td>"
+        f'<tr data-run="{esc(status.study_id)}"{mark}><td><button type="button">{esc(status.name)}</button>{id_chip}</td>'
+        f"<td>{chip(status.state)}</td><td>{esc(kind_words(status.kind))}</td>"
         f'<td class="num" data-label="runs done">{status.done} of {status.total}</td><td>{clock(status.created_at)}</td></tr>'
     )
 
 
 def kind_words(kind: str) -> str:
-    return KINDS[kind].title if kind in KINDS else "picked runs" if kind == PICKED else "grid of settings"
+    return KINDS[kind].title if kind in KINDS else "picked runs" if kind == PICKED else "settings of your own"
+
+
+# -- one study
 
 
 def head_html(status: StudyStatus) -> str:
     """Big state, one sentence, and how far the whole study is."""
-    longest = max((run.total_steps or 0 for _, run in status.runs if run), default=0)
-    made = sum(run.step for _, run in status.runs if run)
-    share = made / (longest * status.total) if longest else 0
-    left = f" · about {duration(status.eta_seconds)} left" if status.eta_seconds else ""
-    bar = (
-        f'<div class="lab-bar" role="progressbar" aria-valuenow="{100 * share:.0f}" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-label="steps of all runs" style="--hue:var(--finished)"><i style="width:{100 * min(share, 1):.1f}%"></i></div>'
-    )
+    meaning = STATE_MEANING.get(status.state, "")
+    kind = "" if status.name.startswith(kind_words(status.kind)) else kind_words(status.kind)
+    if status.state == GONE and status.kind == PICKED:
+        meaning = "What is left is compared."
     return (
         f'<div class="lab-card lab-head" data-state="{esc(status.state)}" data-study="{esc(status.study_id)}">'
-        f'<div class="top">{state_chip(status.state)}<h3>{esc(status.name)}</h3>'
-        f'<span class="lab-hint">{esc(kind_words(status.kind))}{left}</span></div>'
-        f'<p class="detail">{esc(status.detail[:1].upper() + status.detail[1:])}.</p>{bar}</div>'
+        f'<div class="top">{chip(status.state)}<h3>{esc(status.name)}</h3><span class="lab-hint">{esc(kind)}</span></div>'
+        f'<p class="detail">{esc(_detail(status))}<br><span class="lab-hint">{esc(meaning) or "&nbsp;"}</span></p>'
+        f"{_bar(status)}</div>"
     )
+
+
+def _detail(status: StudyStatus) -> str:
+    """The study's own sentence, without the count that stands at the bar; what the analysis does or what it failed of."""
+    _, _, rest = status.detail.partition("; ")
+    analysis = status.analysis
+    if analysis and analysis.state not in (QUEUED, FINISHED) and "analysis" not in rest:
+        rest = "; ".join(filter(None, (rest, f"analysis {analysis.state}: {analysis.detail}")))
+    if not rest:
+        rest = "all runs finished and analysed" if status.done == status.total else "waits for its turn"
+    return f"{rest[:1].upper()}{rest[1:]}"
+
+
+def _bar(status: StudyStatus) -> str:
+    longest = max((run.total_steps or 0 for _, run in status.runs if run), default=0)
+    total, made = longest * status.total, sum(run.step for _, run in status.runs if run)
+    share = min(1.0, made / total) if total else 0.0
+    left = f"{duration(status.eta_seconds)} left" if status.eta_seconds else ""
+    if status.analysis and status.analysis.state == RUNNING and status.analysis.phase_total:
+        left = f"analysis: {status.analysis.phase_done} of {status.analysis.phase_total}"
+    steps = f"{status.done} of {status.total} runs done" + (f", {made:,} of {total:,} steps" if total else "")
+    return (
+        f'<div class="lab-bar" role="progressbar" aria-valuenow="{100 * share:.0f}" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-label="steps of all runs" style="--hue:var(--body-text-color)"><i style="width:{100 * share:.1f}%"></i></div>'
+        f'<div class="lab-bar-words"><span>{steps}</span><span>{esc(left)}</span></div>'
+    )
+
+
+def strip_html(status: StudyStatus) -> str:
+    """Each run as a button with its state, which leads to it. Changes when a state does, so that a focus stays."""
+    items = "".join(_pill(label, run) for label, run in (*status.runs, (ANALYSIS, status.analysis)))
+    return f'<div class="strip" role="group" aria-label="Runs of the study">{items}</div>'
+
+
+def _pill(label: str, run: RunStatus | None) -> str:
+    if run is None:
+        word = "at the end" if label == ANALYSIS else "gone"
+        return f"<button type='button' disabled>{esc(label)} <span class='lab-hint'>{word}</span></button>"
+    return f'<button type="button" data-run="{esc(run.run_id)}">{state_chip(run.state)} {esc(label)}</button>'
 
 
 def runs_html(status: StudyStatus) -> str:
-    """Each run with its state and figures; its name leads to the Runs tab."""
+    """Each run with its state and figures; its name leads to it."""
     heads = "".join(f'<th class="num">{name}</th>' for name in ("evaluation loss", "peak memory", "step time"))
-    rows = "".join(_run_row(label, run) for label, run in (*status.runs, ("analysis", status.analysis)))
+    rows = "".join(_run_row(label, run) for label, run in (*status.runs, (ANALYSIS, status.analysis)))
     return (
         f'<div class="lab-scroll"><table class="lab-table lab-runs"><thead><tr><th>run</th><th>state</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _run_row(label: str, run: Any) -> str:
+def _run_row(label: str, run: RunStatus | None) -> str:
     if run is None:
-        told = "not made yet" if label == "analysis" else "gone"
-        return f"<tr><td>{esc(label)}</td><td>{esc(told)}</td>" + '<td class="num">–</td>' * 3 + "</tr>"
+        told = "made at the end" if label == ANALYSIS else "gone"
+        return f"<tr><td>{esc(label)}</td><td>{told}</td>" + '<td class="num">–</td>' * 3 + "</tr>"
     figures = (
         ("evaluation loss", loss(run.eval_loss)),
         ("peak memory", memory(run)),
         ("step time", seconds(run.step_seconds)),
     )
     cells = "".join(f'<td class="num" data-label="{name}">{esc(value)}</td>' for name, value in figures)
-    doing = f' <span class="lab-hint">{esc(run.detail)}</span>' if run.state not in (FINISHED,) else ""
+    doing = (
+        ""
+        if run.state == FINISHED
+        else f'<br><span class="lab-hint" style="white-space:normal">{esc(run.detail)}</span>'
+    )
     return (
         f'<tr data-run="{esc(run.run_id)}"><td><button type="button">{esc(label)}</button> '
         f'<span class="lab-id">{esc(short(run.run_id))}</span></td><td>{state_chip(run.state)}{doing}</td>{cells}</tr>'
     )
 
 
-# -- what it found
-
-
-def verdicts_html(found: Sequence[Verdict]) -> str:
-    """The practical one biggest; each with how sure it is and what it rests on."""
-    items = "".join(
-        f'<article class="lab-verdict {esc(verdict.holds)}{" first" if place == 0 else ""}"><h4>{esc(verdict.title)}'
-        f'<span>{HOLDS.get(verdict.holds, "")}</span></h4><p class="told">{esc(verdict.sentence)}</p>'
-        f'<p class="rests">Sureness {esc(verdict.sureness)}. Rests on {esc(verdict.rests_on)}</p></article>'
-        for place, verdict in enumerate(found)
-    )
-    return f'<div class="lab-verdicts">{items}</div>' if items else ""
-
-
-def gallery_json(found: dict[str, dict[str, go.Figure]]) -> str:
-    """Part -> title -> figure, for plots.gallery."""
-    parts = [
-        {
-            "part": part,
-            "figures": [{"title": title, "figure": json.loads(figure.to_json())} for title, figure in some.items()],
-        }
-        for part, some in found.items()
-    ]
-    return json.dumps(parts)
-
-
-def answers_html(results: StudyResults) -> str:
-    """Held-out rows with the answer of each model beside the others."""
-    behaviour = results.analysis.behaviour if results.analysis else None
-    if not behaviour or not behaviour["rows"]:
-        text = (
-            "They come with the analysis." if results.analysis_state in ACTIVE else "The analysis has answered no rows."
-        )
-        return empty("No answers yet", text)
-    sources = behaviour["sources"]
-    rows = "".join(
-        f'<section><h4>line {row["line"]}</h4><pre>{esc(row["prompt"])}</pre><div class="each">'
-        + _answer("reference", row["reference"])
-        + "".join(_answer(sources[source]["label"], text) for source, text in row["answers"].items())
-        + "</div></section>"
-        for row in behaviour["rows"][:SHOWN_ROWS]
-    )
-    more = len(behaviour["rows"]) - SHOWN_ROWS
-    note = f'<p class="lab-hint">{more} more in the report.</p>' if more > 0 else ""
-    return f'<div class="lab-answers">{rows}{note}</div>'
-
-
-def _answer(label: str, text: str) -> str:
-    return f"<div><h4>{esc(METHOD_NAMES.get(label, label))}</h4><pre>{esc(text) or '–'}</pre></div>"
+def can_resume(status: StudyStatus) -> bool:
+    """Whether runs are missing that could still be made."""
+    return status.state not in ACTIVE and status.done < status.total and status.kind != PICKED

@@ -259,7 +259,9 @@ _NARROW = """
   .block.lab-chart { flex: 1 0 100% !important; }
   .lab-waiting li { display: grid; grid-template-columns: auto 1fr auto; }
   .lab-waiting .name { grid-column: 2 / -1; } .lab-waiting .method { grid-column: 2; }
-  #run-buttons > button { flex: 1 1 40% !important; }
+  #run-buttons > button, #study-buttons > button { flex: 1 1 40% !important; }
+  #study-runs .lab-runs tr { grid-template-columns: 1fr 1fr; }
+  #study-page .lab-figure { padding: 2px 0 6px; }
   .lab-ask > .block, .lab-ask > .form { flex: 1 0 100% !important; } .lab-ask > button { flex: 1 1 40% !important; }
   .lab-answers thead { display: none; }
   .lab-answers tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--border-color-primary) !important; }

@@ -1,6 +1,7 @@
 """The Train tab: a filled form; beside it Start, every problem and finding, the recommendation, and the equal command line."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ class TrainTab:
         )
         looked_at = [self.fields[name] for name in ("base_model", *form.BESIDE_PREVIEW)]
         changes = [component.change for component in looked_at]
-        gr.on(
+        # After it, the dataset and the model's layers are known.
+        self.looked = gr.on(
             [*changes, chosen.change], self.look, [chosen, *looked_at], None, trigger_mode="always_last", **hidden
         ).then(self.check, form_now, watched, **hidden)
         picked(self.settle, form_now, self.inputs, **hidden)
@@ -233,19 +235,22 @@ class TrainTab:
         except LabError as error:
             return marked_problems(error.problems), None
 
-    def settings_and_facts(self, chosen: Chosen, *values: Any) -> tuple[TrainConfig, Facts]:
-        """What the form says, and what is known of such a run. Raises LabError with all that is wrong."""
-        config = self._config(chosen, values)
-        looked = self.advice.known(chosen, how_of(config)) or self.advice.look(chosen, how_of(config))
-        return config, self.advice.facts(config, chosen, looked)
+    def settings_and_facts(
+        self, chosen: Chosen, values: Sequence[Any], *, look: bool
+    ) -> tuple[TrainConfig, Facts | None]:
+        """What the form says, and what is known of such a run: None where it was not looked at yet and is not to be now. Raises
+        LabError with all that is wrong."""
+        config = self._config(chosen, tuple(values))
+        looked = self.advice.known(chosen, how_of(config))
+        if looked is None and look:
+            looked = self.advice.look(chosen, how_of(config))
+        return config, self.advice.facts(config, chosen, looked) if looked else None
 
     def _refuse_what_stops(self, config: TrainConfig, chosen: Chosen) -> None:
         """Raises ConfigError with every finding that must be mended first."""
         looked = self.advice.known(chosen, how_of(config)) or self.advice.look(chosen, how_of(config))
         layers_text(config, looked)
-        facts = self.advice.facts(config, chosen, looked)
-        stops = [f"{finding.title}. {finding.why}" for finding in findings(facts) if finding.severity == STOP]
-        if stops:
+        if stops := what_stops(self.advice.facts(config, chosen, looked)):
             raise ConfigError(*stops)
 
     def fill(self, config: TrainConfig) -> list[Any]:
@@ -258,6 +263,11 @@ class TrainTab:
         named = dict(zip(form.SPECS, values, strict=True))
         named["dataset_license"] = named["dataset_license"] or chosen.license()
         return form.to_config(named, chosen.config_fields())
+
+
+def what_stops(facts: Facts) -> list[str]:
+    """A sentence for every finding that must be mended before a start."""
+    return [f"{finding.title}. {finding.why}" for finding in findings(facts) if finding.severity == STOP]
 
 
 def how_of(config: TrainConfig) -> How:

@@ -1,0 +1,217 @@
+"""A study before it starts: what was typed -> its runs, what they need, how long they take, and the equal command line."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlora_core.config import TrainConfig, replace
+from qlora_core.errors import ConfigError
+from qlora_core.options import converted
+from qlora_core.planner.facts import Facts
+from qlora_core.planner.studying import Pace, StudyEstimate, estimate_study, fit_sentence
+from qlora_core.studies import GRID
+from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, sentence
+from qlora_core.ui.form import command_line
+from qlora_core.ui.train_tab import what_stops
+from qlora_core.ui.words import duration, esc, problems_panel, size
+
+LORA_VS_QLORA, LADDER, ANYTHING = "lora-vs-qlora", "rank-ladder", GRID
+LISTED = 12
+PLAN_CSS = """
+.plan { min-height: 118px; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 14px;
+  background: var(--block-background-fill); font-size: .9rem; }
+.plan p { margin: 0 0 2px; } .plan p, .plan li { overflow-wrap: anywhere; } .plan .lab-warn { font-size: .9rem; }
+.plan summary { cursor: pointer; color: var(--muted); margin-top: 4px; }
+.plan ul { margin: 4px 0 0; padding-left: 18px; }
+.plan pre { margin: 6px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; background: none; }
+.plan .estimate { border-left: 3px dotted var(--muted); padding-left: 9px; margin: 4px 0; }
+.plan .estimate i { float: right; font-style: normal; font-size: .8rem; color: var(--muted); margin-left: 10px; }
+.plan.waits { color: var(--muted); }
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks for, as it was typed; what is left empty is as the kind has it."""
+
+    kind: str
+    methods: Sequence[str] | None = None
+    ranks: str = ""
+    seeds: str = ""
+    noise_floor: bool | None = None
+    vary: str = ""
+    name: str = ""
+
+    def values(self) -> tuple[dict[str, list[Any]], list[int], bool]:
+        """(what varies, seeds, noise floor). Raises ConfigError with all that is wrong."""
+        problems: list[str] = []
+        kind = KINDS.get(self.kind)
+        vary = dict(kind.vary) if kind else {}
+        if "method" in vary and self.methods is not None:
+            vary["method"] = list(self.methods)
+            problems += [] if self.methods else ["Methods: none is chosen; choose LoRA, QLoRA or both"]
+        if "rank" in vary and self.ranks.strip():
+            vary["rank"] = _tried(_whole_numbers, "Ranks", self.ranks, problems)
+        seeds = _tried(_whole_numbers, "Seeds", self.seeds, problems) or []
+        vary |= _tried(_settings, "Vary also", self.vary, problems) or {}
+        if problems:
+            raise ConfigError(*problems)
+        floor = self.noise_floor if self.noise_floor is not None else bool(kind and kind.noise_floor)
+        return vary, seeds, floor
+
+    def problems(self) -> tuple[str, ...]:
+        """All that is wrong with what was typed."""
+        try:
+            self.values()
+        except ConfigError as error:
+            return error.problems
+        return ()
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What Start will make."""
+
+    config: TrainConfig
+    kind: str
+    vary: dict[str, list[Any]]
+    seeds: list[int]
+    noise_floor: bool
+    name: str
+    cells: list[Cell]
+    estimate: StudyEstimate
+    # What of `vary` the kind does not say by itself.
+    said: dict[str, list[Any]] = field(default_factory=dict)
+    # What this model's layers leave out of it.
+    notes: list[str] = field(default_factory=list)
+
+    def check_fits(self, *, skip: bool) -> None:
+        """Raises ConfigError where a run would not fit, unless the others are to be trained and some fit."""
+        problems = self.estimate.problems()
+        if not self.estimate.fitting:
+            raise ConfigError(*problems, "no run of the study fits the memory; lower what it needs on the Train tab")
+        if problems and not skip:
+            raise ConfigError(
+                *problems, "lower what they need on the Train tab, or tick “Go on without runs that do not fit”"
+            )
+
+
+def plan(asked: Asked, config: TrainConfig, facts: Facts, paces: Sequence[Pace]) -> StudyPlan:
+    """`config` and `facts` as the Train form has them. Raises ConfigError with all that is wrong."""
+    if problems := [*asked.problems(), *what_stops(facts)]:
+        raise ConfigError(*problems)
+    vary, seeds, floor = asked.values()
+    kind = asked.kind if asked.kind in KINDS else GRID
+    said = {name: values for name, values in vary.items() if kind == GRID or KINDS[kind].vary.get(name) != values}
+    notes = fill_notes(vary, facts.architecture) if facts.architecture else []
+    vary = filled(vary, facts.architecture) if facts.architecture else vary
+    name = asked.name.strip() or default_name(kind, config)
+    made = cells(config, vary, seeds=seeds, noise_floor=floor, name=name)
+    estimate = estimate_study(facts, made, paces)
+    return StudyPlan(config, kind, vary, seeds, floor, name, made, estimate, said, notes)
+
+
+def default_name(kind: str, config: TrainConfig) -> str:
+    """Of what is compared and the rows: the form's name is that of a single run."""
+    return f"{KINDS[kind].title if kind in KINDS else 'Study'}, {Path(config.data).stem.replace('_', ' ')}"
+
+
+def _tried(read: Callable[[str, str], Any], what: str, text: str, problems: list[str]) -> Any:
+    """The value; what is wrong joins the problems, so that all are told at once."""
+    try:
+        return read(what, text or "")
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _whole_numbers(what: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isdecimal()]:
+        raise ConfigError(f"{what}: {', '.join(wrong)} is no whole number; write them with commas between: 2, 4, 8")
+    return [int(part) for part in parts]
+
+
+def _settings(what: str, text: str) -> dict[str, list[Any]]:
+    """ "rank = 4, 8" a line; in one value, + joins several names. Raises ConfigError with all that is wrong."""
+    found, problems = {}, []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, equals, values = line.partition("=")
+        name = name.strip().lower().replace(" ", "_").replace("-", "_")
+        options = [part.strip() for part in values.split(",") if part.strip()]
+        if not equals or not options:
+            problems.append(
+                f"{what}: {line!r} has no values; write a setting and its values: learning_rate = 1e-4, 2e-4"
+            )
+            continue
+        try:
+            found[name] = [converted(TrainConfig, name, part.split("+") if "+" in part else part) for part in options]
+        except ConfigError as error:
+            problems += [f"{what}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
+# -- in words
+
+
+def plan_html(found: StudyPlan) -> str:
+    """Number of runs, memory, time; folded, each run and the equal command."""
+    fits, unfitting = fit_sentence(found.estimate), found.estimate.problems()
+    seconds = found.estimate.seconds
+    time = (
+        f"{_about(duration(seconds))} in all, the analysis at the end not counted"
+        if seconds
+        else "How long it takes is known once a run of each method was measured here"
+    )
+    lines = [(fits, "lab-warn" if unfitting else ""), (time, "")]
+    told = "".join(f'<p class="{tone}">{esc(text[:1].upper() + text[1:])}.</p>' for text, tone in lines)
+    notes = "".join(f'<p class="lab-hint">{esc(note[:1].upper() + note[1:])}.</p>' for note in found.notes)
+    return (
+        f'<div class="plan"><p><b>{esc(sentence(found.cells))}.</b></p>{notes}<div class="estimate"><i>estimate</i>{told}</div>'
+        f"{_runs(found)}<details><summary>The same on the command line</summary><pre>{esc(command(found))}</pre></details></div>"
+    )
+
+
+def _about(words: str) -> str:
+    return words if words.startswith("less") else f"about {words}"
+
+
+def _runs(found: StudyPlan) -> str:
+    several = len({cell.seed for cell in found.cells if cell.role == "arm"}) > 1
+    items = []
+    for one in found.estimate.cells[:LISTED]:
+        needed = f", {size(one.plan.estimate.needed_bytes)}" if one.plan else ""
+        seed = f", seed {one.cell.seed}" if several else ""
+        items.append(f"<li>{esc(one.cell.label)}{seed}{needed}{'' if one.fits else ' <b>does not fit</b>'}</li>")
+    more = len(found.estimate.cells) - LISTED
+    items += [f"<li>{more} more</li>"] if more > 0 else []
+    return f"<details><summary>Its runs</summary><ul>{''.join(items)}</ul></details>"
+
+
+def waiting_html(text: str) -> str:
+    return f'<div class="plan waits" role="status">{esc(text)}</div>'
+
+
+def refused_html(problems: Sequence[str]) -> str:
+    return f'<div class="plan">{problems_panel(problems, title="Not possible yet")}</div>'
+
+
+def command(found: StudyPlan) -> str:
+    """What makes the same study in a shell."""
+    words = [f"--kind {found.kind}"] if found.kind in KINDS else []
+    words += [f"--vary {shlex.quote(name + '=' + ','.join(map(_word, values)))}" for name, values in found.said.items()]
+    words += [f"--seeds {','.join(map(str, found.seeds))}"] if found.seeds else []
+    if found.noise_floor != bool(found.kind in KINDS and KINDS[found.kind].noise_floor):
+        words.append("--noise-floor" if found.noise_floor else "--no-noise-floor")
+    return command_line(replace(found.config, name=found.name), "compare", *words)
+
+
+def _word(value: Any) -> str:
+    """As --vary reads it: names of one value with + between them."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value)) or "none"
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
