@@ -222,7 +222,8 @@ def _watch(study: Study, settings: Settings) -> None:
         known = [run for _, run in status.runs if run]
         longest = max((run.total_steps or 0 for run in known), default=0)
         bar.total = longest * len(status.runs) or None
-        bar.update(sum(run.step for run in known) - bar.n)
+        if made := sum(run.step for run in known) - bar.n:  # in a log file each update is a line
+            bar.update(made)
         if status.state not in ACTIVE:
             bar.close()
             return
@@ -296,7 +297,12 @@ def _table(results: StudyResults) -> str:
 
 
 def _list(options: argparse.Namespace, settings: Settings) -> int:
-    found = [study.status() for study in StudyStore(settings).list()]
+    found = []
+    for study in StudyStore(settings).list():
+        try:
+            found.append(study.status())
+        except RunError as error:
+            print(error, file=sys.stderr)
     if options.json:
         print_json({"studies": [status.to_json() for status in found]})
         return 0

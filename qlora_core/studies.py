@@ -1,4 +1,4 @@
-"""Studies: each is a directory that names its runs, and is queued, watched, resumed and stopped as a whole. Trains nothing."""
+"""All studies: made at once or not at all, found, and deleted; and how fast runs were that are known. Trains nothing."""
 
 import hashlib
 import json
@@ -8,214 +8,24 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_core import events, models, queue, trackers
+from qlora_core import models, trackers
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.locate import locate
 from qlora_core.data.stored import StoredDataset, store
 from qlora_core.errors import ConfigError, RunError
 from qlora_core.planner.studying import Pace
-from qlora_core.run_status import ACTIVE, FINISHED, RUNNING, RunStatus
-from qlora_core.runs import Run, RunStore, lock, sync
+from qlora_core.run_status import ACTIVE
+from qlora_core.runs import Run, RunStore, lock
 from qlora_core.settings import Settings
+from qlora_core.study import GRID, PICKED, Study, link, write_json
 from qlora_core.study_grid import ARM, Cell, cells
 from qlora_core.study_picking import differences_of, varied_of
-from qlora_core.study_results import GONE, NONE, Analysis, StudyResults, StudyRun
-from qlora_core.study_status import StudyStatus, detail_of, eta_seconds, state_of
+from qlora_core.study_results import NONE
 
-PICKED, GRID = "picked", "grid"
-# Held-out rows that the analysis answers with each adapter, and the longest answer.
-ANSWERED_ROWS, ANSWER_TOKENS = 32, 96
-
-
-@dataclass(frozen=True)
-class Study:
-    """study.json, and dataset/ and model.json from which each of its runs is made."""
-
-    path: Path
-    settings: Settings
-
-    @property
-    def study_id(self) -> str:
-        return self.path.name
-
-    def told(self) -> dict[str, Any]:
-        """Raises RunError where study.json cannot be read."""
-        try:
-            return json.loads((self.path / "study.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.study_id}: its study.json cannot be read ({error}); delete the study") from None
-
-    def _tell(self, values: dict[str, Any]) -> None:
-        _write_json(self.path / "study.json", values)
-
-    @property
-    def name(self) -> str:
-        return self.told()["name"]
-
-    @property
-    def config(self) -> TrainConfig:
-        """The settings that its runs have in common."""
-        return TrainConfig.from_mapping(self.told()["config"], where=self.study_id)
-
-    def base_model(self) -> models.BaseModel:
-        return models.BaseModel.from_json(json.loads((self.path / "model.json").read_text()))
-
-    def run(self, run_id: str | None) -> Run | None:
-        """None where the run is not made yet, or was deleted."""
-        path = self.settings.runs / (run_id or ".")
-        return Run(path, self.settings) if run_id and (path / "config.json").exists() else None
-
-    def runs(self) -> list[Run]:
-        """Those that are there, without the analysis."""
-        return [run for entry in self.told()["runs"] if (run := self.run(entry["run_id"]))]
-
-    def analysis(self) -> Run | None:
-        return self.run(self.told()["analysis"])
-
-    # -- as a whole
-
-    def start(self) -> None:
-        """Make the runs that are not there, queue all that have not finished, and after them the analysis.
-
-        What a kill has left half done is done by calling this again; finished runs stay as they are.
-        """
-        with lock(self.path / "lock", wait=True):
-            told = self.told()
-            made = [self._made(entry, told) for entry in told["runs"]]
-            analysis = self._made_analysis(told)
-            waiting = [run for run in made if run.status().state not in (*ACTIVE, FINISHED)]
-            for run in waiting:
-                queue.add(run)
-            if waiting or analysis.status().state != FINISHED or _is_older(analysis, made):
-                queue.add(analysis)
-        queue.start_next(self.settings)
-
-    def analyse_again(self) -> None:
-        """Compare once more what has finished by now. Raises RunError while something of the study waits or trains."""
-        if self.status().state in ACTIVE:
-            raise RunError(f"{self.study_id}: is under way, and is analysed at its end")
-        with lock(self.path / "lock", wait=True):
-            queue.add(self._made_analysis(self.told()))
-        queue.start_next(self.settings)
-
-    def _made(self, entry: dict[str, Any], told: dict[str, Any]) -> Run:
-        """The run of the entry, made again where it is not there."""
-        if run := self.run(entry["run_id"]):
-            return run
-        if told["kind"] == PICKED:
-            raise RunError(f"{self.study_id}: its run {entry['run_id']} is gone; pick runs again")
-        config = TrainConfig.from_mapping(entry["config"], where=self.study_id)
-        run = self._publish(config, [self.study_id, entry["role"], entry["seed"], entry["varied"]])
-        entry["run_id"] = run.run_id
-        self._tell(told)
-        return run
-
-    def _made_analysis(self, told: dict[str, Any]) -> Run:
-        if run := self.run(told["analysis"]):
-            return run
-        config = replace(self.config, name=f"{told['name']}: analysis", score="none", tracker="none")
-        asked = {"study_id": self.study_id, "answered_rows": ANSWERED_ROWS, "answer_tokens": ANSWER_TOKENS}
-        run = self._publish(config, [self.study_id, "analysis"], {"analysis.json": asked})
-        told["analysis"] = run.run_id
-        self._tell(told)
-        return run
-
-    def _publish(self, config: TrainConfig, made_of: Sequence[Any], files: Mapping[str, Any] | None = None) -> Run:
-        runs = RunStore(self.settings)
-        with runs.new_folder() as folder:
-            _link(self.path / "dataset", folder / "dataset")
-            for name, values in (files or {}).items():
-                _write_json(folder / name, values)
-            return runs.publish(folder, config, self.base_model(), made_of)
-
-    def stop(self) -> str:
-        """Ask every run that waits or trains to save and stop. Raises RunError when there is none."""
-        asked = 0
-        # The analysis first, and then the last of the queue, so that none starts because another was taken out.
-        for run in [run for run in (self.analysis(), *reversed(self.runs())) if run]:
-            if run.status().state in ACTIVE:
-                with suppress(RunError):  # it has just ended by itself
-                    run.request_stop()
-                    asked += 1
-        if not asked:
-            raise RunError(f"{self.study_id}: nothing of it waits or trains, so there is nothing to stop")
-        return f"{asked} of its runs are stopping"
-
-    # -- where it stands, and what it has found
-
-    def status(self, known: Mapping[str, RunStatus] | None = None) -> StudyStatus:
-        """`known`: where runs stand, by id, as somebody has just read it; the others are read here."""
-
-        def stands(run_id: str | None) -> RunStatus | None:
-            run = self.run(run_id)
-            return ((known or {}).get(run.run_id) or run.status()) if run else None
-
-        told = self.told()
-        runs = [(_label(entry), stands(entry["run_id"])) for entry in told["runs"]]
-        of_analysis = stands(told["analysis"])
-        done = sum(status is not None and status.state == FINISHED for _, status in runs)
-        state = state_of([status for _, status in runs], of_analysis)
-        return StudyStatus(
-            study_id=self.study_id,
-            name=told["name"],
-            kind=told["kind"],
-            state=state,
-            done=done,
-            total=len(runs),
-            runs=tuple(runs),
-            analysis=of_analysis,
-            eta_seconds=eta_seconds([status for _, status in runs]) if state == RUNNING else None,
-            created_at=told["created_at"],
-            detail=detail_of(runs, of_analysis, done),
-        )
-
-    def results(self) -> StudyResults:
-        told = self.told()
-        analysis = self.run(told["analysis"])
-        found = self.analysis_found()
-        return StudyResults(
-            study_id=self.study_id,
-            name=told["name"],
-            kind=told["kind"],
-            vary=told["vary"],
-            seeds=tuple(told["seeds"]),
-            runs=tuple(self._result(entry) for entry in told["runs"]),
-            analysis=found,
-            analysis_state=analysis.status().state if analysis else NONE,
-            differences=tuple(told.get("differences", ())),
-        )
-
-    def analysis_found(self) -> Analysis | None:
-        run = self.analysis()
-        path = run.path / "found.json" if run else None
-        return Analysis.from_json(json.loads(path.read_text())) if path and path.exists() else None
-
-    def _result(self, entry: dict[str, Any]) -> StudyRun:
-        run = self.run(entry["run_id"])
-        known = {"role": entry["role"], "varied": entry["varied"], "seed": entry["seed"]}
-        if run is None:
-            return StudyRun(
-                **known, run_id=entry["run_id"] or "", name=_label(entry), state=GONE, detail="deleted, or yet to be made",
-                config=None, result=None, steps=(), evaluations=(), started=None,
-            )  # fmt: skip
-        status, history = run.status(), run.history()
-        started = [event for event in history if isinstance(event, events.Started)]
-        return StudyRun(
-            **known,
-            run_id=run.run_id,
-            name=status.name,
-            state=status.state,
-            detail=status.detail,
-            config=run.config(),
-            result=run.result(),
-            steps=tuple(event for event in history if isinstance(event, events.Step)),
-            evaluations=tuple(event for event in history if isinstance(event, events.Evaluation)),
-            started=started[-1] if started else None,
-        )
+UNFITTING = "it would not fit the memory"
 
 
 class StudyStore:
@@ -240,10 +50,11 @@ class StudyStore:
         """Check and copy the rows and resolve the base once for all runs; `start` makes and queues these.
 
         The same study while such a one is under way is returned: a double click makes one. `only`: the cells that are to be
-        trained, where others would not fit. Raises ConfigError, DatasetError, ModelError.
+        trained, where others would not fit; these stay in the study as a gap. Raises ConfigError, DatasetError, ModelError.
         """
         name = name.strip() or config.run_name()
-        made = list(only) if only is not None else cells(config, vary, seeds=seeds, noise_floor=noise_floor, name=name)
+        made = cells(config, vary, seeds=seeds, noise_floor=noise_floor, name=name)
+        kept = [_marks(cell) for cell in (made if only is None else only)]
         if problem := trackers.problem(config):
             raise ConfigError(problem)
         with self._new_folder() as folder:
@@ -267,6 +78,7 @@ class StudyStore:
                         "varied": {field: _plain(value) for field, value in cell.varied.items()},
                         "seed": cell.seed,
                         "config": replace(cell.config, **located_values).to_json(),
+                        "left_out": "" if _marks(cell) in kept else UNFITTING,
                     }
                     for cell in made
                 ],
@@ -283,7 +95,7 @@ class StudyStore:
         varied = varied_of([run.config() for run in runs])
         first = runs[0]
         with self._new_folder() as folder:
-            _link(first.path / "dataset", folder / "dataset")
+            link(first.path / "dataset", folder / "dataset")
             told = {
                 "name": name.strip() or f"{len(runs)} runs picked",
                 "kind": PICKED,
@@ -309,8 +121,8 @@ class StudyStore:
     def _publish(self, folder: Path, told: dict[str, Any], dataset: StoredDataset, model: models.BaseModel) -> Study:
         made_of = [told, dataset.train_fingerprint, dataset.eval_fingerprint, model.to_json()]
         told |= {"key": hashlib.sha256(json.dumps(made_of).encode()).hexdigest(), "created_at": time.time()}
-        _write_json(folder / "model.json", model.to_json())
-        _write_json(folder / "study.json", told)
+        write_json(folder / "model.json", model.to_json())
+        write_json(folder / "study.json", told)
         with lock(self.folder / ".lock", wait=True):
             for study in self.list():
                 with suppress(RunError):
@@ -321,6 +133,7 @@ class StudyStore:
         return Study(path, self.settings)
 
     def _new_folder(self) -> "_NewFolder":
+        self._remove_abandoned()
         return _NewFolder(self.folder)
 
     def get(self, study_id: str) -> Study:
@@ -340,16 +153,30 @@ class StudyStore:
         return [Study(path.parent, self.settings) for path in sorted(paths, key=lambda p: p.parent.name, reverse=True)]
 
     def delete(self, study: Study, *, with_runs: bool = False) -> None:
-        """Its runs stay, unless they are to go too. Raises RunError while something of it waits or trains."""
-        if study.status().state in ACTIVE:
-            raise RunError(f"{study.study_id}: is under way; stop it before you delete it")
-        runs = RunStore(self.settings)
-        if analysis := study.analysis():
-            runs.delete(analysis)
-        if with_runs:
-            for run in study.runs():
+        """Its runs stay, unless they are to go too. Raises RunError while something of it waits or trains, and where a run cannot
+        go; the study then stays."""
+        runs, doomed, problems = RunStore(self.settings), [], []
+        with suppress(RunError):  # one that cannot be read names no runs, and goes
+            if study.status().state in ACTIVE:
+                problems.append(f"{study.study_id}: is under way; stop it before you delete it")
+            doomed = [run for run in (study.analysis(), *(study.runs() if with_runs else ())) if run]
+        for run in doomed if not problems else ():
+            try:
                 runs.delete(run)
-        shutil.rmtree(study.path)
+            except RunError as error:
+                problems += error.problems
+        if problems:
+            raise RunError(*problems)
+        gone = self.folder / f".deleted-{study.study_id}"
+        study.path.rename(gone)  # a kill leaves no half of a study among the others
+        shutil.rmtree(gone)
+
+    def _remove_abandoned(self) -> None:
+        """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
+        for path in [*self.folder.glob(".creating-*"), *self.folder.glob(".deleted-*")]:
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > 86_400:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 class _NewFolder:
@@ -364,17 +191,6 @@ class _NewFolder:
 
     def __exit__(self, *_: Any) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _label(entry: Mapping[str, Any]) -> str:
-    config = TrainConfig.from_mapping(entry["config"], where="study.json")
-    return Cell(entry["role"], entry["varied"], entry["seed"], config).label + f", seed {entry['seed']}"
-
-
-def _is_older(analysis: Run, runs: Sequence[Run]) -> bool:
-    """Whether a run has ended since the analysis did."""
-    ended = analysis.status().updated_at
-    return any(run.status().updated_at > ended for run in runs)
 
 
 def measured_paces(settings: Settings) -> list[Pace]:
@@ -400,29 +216,14 @@ def _pace(config: TrainConfig, result: dict[str, Any]) -> Pace:
     )
 
 
-# -- files
-
-
 def _study_id(name: str) -> str:
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name)
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}-{safe.strip('-.')[:50] or 'study'}"
 
 
-def _link(source: Path, target: Path) -> None:
-    """The files of a folder under another name; copies where the disk has no hard links. They are never written to."""
-    target.mkdir()
-    for path in source.iterdir():
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copy2(path, target / path.name)
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False))
-    sync(partial)
-    partial.rename(path)
+def _marks(cell: Cell) -> tuple[Any, ...]:
+    """What tells a run of a study from its others, whatever it is called."""
+    return cell.role, repr(sorted(cell.varied.items())), cell.seed
 
 
 def _plain(value: Any) -> Any:

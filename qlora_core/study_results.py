@@ -8,13 +8,14 @@ from qlora_core.config import TrainConfig
 from qlora_core.wording import METHOD_NAMES
 
 ARM, OTHER_SEED, OTHER_ORDER = "arm", "other seed", "other row order"
-GONE, NONE = "gone", "none"
+GONE, LEFT_OUT, NONE = "gone", "left out", "none"
 GPU, HOST = "GPU", "host"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun:
-    """One run of a study in whatever state it is; `config` is None where the run was deleted (state "gone")."""
+    """One run of a study in whatever state it is: those of runs, "gone" where it was deleted (then `config` is None), or "left out"
+    where it would not have fitted."""
 
     run_id: str
     name: str

@@ -23,6 +23,7 @@ class StudyStatus:
     eta_seconds: float | None  # at the pace of what has been measured; None before
     created_at: float
     detail: str
+    left_out: tuple[str, ...] = ()  # labels of runs that would not fit the memory, and are not made
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -36,7 +37,9 @@ def state_of(runs: Sequence[RunStatus | None], analysis: RunStatus | None) -> st
     return next((state for state in (RUNNING, QUEUED, CRASHED, FAILED, STOPPED, GONE) if state in states), FINISHED)
 
 
-def detail_of(runs: Sequence[tuple[str, RunStatus | None]], analysis: RunStatus | None, done: int) -> str:
+def detail_of(
+    runs: Sequence[tuple[str, RunStatus | None]], analysis: RunStatus | None, done: int, left_out: Sequence[str] = ()
+) -> str:
     """One sentence: how many runs are done, what trains, and what did not come to its end."""
     said = [f"{done} of {len(runs)} runs finished"]
     said += [f"{label} trains: {status.detail}" for label, status in runs if status and status.state == RUNNING]
@@ -44,6 +47,7 @@ def detail_of(runs: Sequence[tuple[str, RunStatus | None]], analysis: RunStatus 
         f"{label} {status.state}" for label, status in runs if status and status.state in (STOPPED, FAILED, CRASHED)
     ]
     said += [f"{label} is gone" for label, status in runs if status is None]
+    said += [f"{label} is left out, as it would not fit the memory" for label in left_out]
     if analysis and analysis.state != FINISHED and done == len(runs):
         said.append(f"analysis {analysis.state}: {analysis.detail}")
     return "; ".join(said)

@@ -99,11 +99,12 @@ def test_what_does_not_fit_is_refused_by_name_or_left_out(
     least = asked(*compare("--vary", "rank=2,64", "--estimate", "--memory-budget-gib", "0.01"))
     assert not any(run["fits"] for run in least["runs"])
     budget = ["--memory-budget-gib", f"{sum(run['needed_bytes'] for run in least['runs']) / 2 / 2**30:.6f}"]
-    assert cli.main(compare("--vary", "rank=2,64", *budget)) == 2
+    assert cli.main(compare("--vary", "rank=2,64", *budget, "--detach")) == 2
     printed = capsys.readouterr().err
     assert "rank 64: needs" in printed and "rank 2: needs" not in printed and "--skip-unfitting" in printed
     found = asked(*compare("--vary", "rank=2,64", *budget, "--skip-unfitting", "--detach"))
-    assert [label for label, _ in found["runs"]] == ["rank 2, seed 42"]
+    assert [label for label, _ in found["runs"]] == ["rank 2, seed 42"] and found["left_out"] == ["rank 64, seed 42"]
+    assert asked("studies", "show", found["study_id"])["arms"][1]["gap"] == "left out"
 
 
 def test_mistakes_are_told_at_once_and_nothing_is_made(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +119,25 @@ def test_mistakes_are_told_at_once_and_nothing_is_made(settings: Settings, capsy
         assert cli.main([*compare(), *arguments]) == 2
         printed = capsys.readouterr()
         assert problem in printed.err and "Traceback" not in printed.err and not printed.out
+    # Layers are looked for in the model before anything starts: of all runs at once.
+    assert cli.main([*compare("--vary", "target_modules=q_proj,typo,attention@7"), "--detach"]) == 2
+    printed = capsys.readouterr().err
+    assert "adapters on typo: " in printed and "no linear layer typo" in printed
+    assert "adapters on attention@7: " in printed and "goes beyond the model's decoder layers" in printed
     assert not settings.runs.exists() or not list(settings.runs.iterdir())
     assert cli.main(["studies", "show", "nothing"]) == 2
+
+
+def test_a_study_that_cannot_be_read_holds_no_other_up_and_can_be_deleted(
+    settings: Settings, asked: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = settings.home / "studies" / "20261125-000000-aaaa-broken"
+    broken.mkdir(parents=True)
+    (broken / "study.json").write_text("{")
+    assert cli.main(["studies", "list"]) == 0
+    printed = capsys.readouterr()
+    assert "its study.json cannot be read" in printed.err and "no studies yet" in printed.out
+    assert asked("studies", "delete", broken.name) == {"deleted": broken.name} and not broken.exists()
 
 
 def test_the_commands_of_the_diagnosis_parse() -> None:

@@ -1,7 +1,9 @@
 """Studies before and around their runs: what a grid consists of, what is refused, what a study is made and remade from."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,27 @@ from test_planner import LLAMA_8B
 from tiny_models import dataset, make_run, model_folder, train_here
 
 from qlora_core import events, queue
-from qlora_core.config import TrainConfig
+from qlora_core.config import TrainConfig, replace
 from qlora_core.errors import ConfigError, RunError
 from qlora_core.planner.facts import Device, Facts
 from qlora_core.planner.studying import Pace, estimate_study, fit_sentence
 from qlora_core.run_status import CRASHED, FAILED, FINISHED, QUEUED
 from qlora_core.runs import RunStore
 from qlora_core.studies import PICKED, Study, StudyStore
-from qlora_core.study_grid import KINDS, LAYER_GROUPS, MATRICES, cells, filled, layer_groups, matrices, sentence
+from qlora_core.study_grid import (
+    KINDS,
+    LAYER_GROUPS,
+    MATRICES,
+    cells,
+    fill_notes,
+    filled,
+    layer_groups,
+    matrices,
+    sentence,
+)
 from qlora_core.study_results import ARM, OTHER_ORDER, OTHER_SEED
 from qlora_core.targets import Architecture
+from qlora_core.verdicts import verdicts
 
 GIB = 1024**3
 PLAIN = TrainConfig(data="rows.jsonl", rank=8, seed=42)
@@ -239,6 +252,67 @@ def test_deleting_a_study_leaves_its_runs_unless_asked(tmp_path: Path) -> None:
     again.stop()
     store.delete(again, with_runs=True)
     assert len(RunStore(study.settings).list()) == 2
+
+
+def test_a_study_stays_where_a_run_of_it_cannot_go(tmp_path: Path) -> None:
+    study, store = made_study(tmp_path), StudyStore(settings_in(tmp_path))
+    study.start()
+    study.stop()
+    lora = study.runs()[0]
+    merged = lora.path / "merged-original"
+    shutil.copytree(model_folder(), merged)
+    based = RunStore(study.settings).create(replace(config_in(tmp_path), base_model=str(merged)))
+    with pytest.raises(RunError, match=f"its files are needed by {based.run_id}"):
+        store.delete(study, with_runs=True)
+    assert store.get(study.study_id).status().total == 2 and lora.path.exists()
+
+
+def test_what_would_not_fit_stays_a_gap_and_the_rest_is_a_whole_study(tmp_path: Path) -> None:
+    vary = {"rank": [2, 64]}
+    small = [cell for cell in cells(config_in(tmp_path), vary, name="tiny") if cell.varied["rank"] == 2]
+    study = made_study(tmp_path, vary=vary, only=small)
+    assert made_study(tmp_path, vary=vary).study_id != study.study_id
+    study.start()
+    study.stop()
+    (run,) = study.runs()
+    train_here(run)
+    events.append(study.analysis().events_path, events.Finished(step=0))
+    status = study.status()
+    assert (status.done, status.total, status.left_out) == (1, 1, ("rank 64, seed 42",))
+    assert status.state == FINISHED, "what was never to be made is not missing"
+    assert "rank 64, seed 42 is left out, as it would not fit the memory" in status.detail
+    gap = study.results().runs[1]
+    assert (gap.state, gap.detail, gap.config.rank) == ("left out", "it would not fit the memory", 64)
+    study.start()
+    assert len(study.runs()) == 1, "starting it again does not make it"
+    sentences = [verdict.sentence for verdict in verdicts(study.results())]
+    assert any("rank 64, seed 42, is left out: it would not fit the memory" in text for text in sentences)
+
+
+def test_folders_of_creations_that_were_killed_go_after_a_day(tmp_path: Path) -> None:
+    folder = settings_in(tmp_path).home / "studies"
+    for name, age in ((".creating-1-aa", 90_000), (".deleted-old", 90_000), (".creating-2-bb", 60)):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (time.time() - age,) * 2)
+    made_study(tmp_path)
+    assert [path.name for path in folder.glob(".*") if path.is_dir()] == [".creating-2-bb"]
+    assert len(StudyStore(settings_in(tmp_path)).list()) == 1
+
+
+def test_values_that_mean_the_same_layers_are_one_run_and_that_is_said() -> None:
+    from qlora_core.worker.architecture import described
+
+    gpt2, mamba = (
+        Architecture.from_json(json.loads(json.dumps(described(model_folder(n))))) for n in ("gpt2", "mamba")
+    )
+    vary = KINDS["adapted-matrices"].vary
+    assert filled(vary, LLAMA_8B) == vary and fill_notes(vary, LLAMA_8B) == []
+    assert filled(vary, gpt2) == {"target_modules": ["query-value", "attention", "mlp", "all-linear"]}
+    assert fill_notes(vary, gpt2) == [
+        "target_modules key-value means the same layers as query-value here, as query, key and value are one matrix, c_attn: one "
+        "run stands for both"
+    ]
+    assert "target_modules mlp is left out: the model has no such layers" in fill_notes(vary, mamba)
 
 
 def test_an_unreadable_study_says_so_and_names_are_found_by_their_beginning(tmp_path: Path) -> None:
