@@ -2,28 +2,36 @@
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from qlora_core.errors import RunError
 from qlora_core.selectors import layer_number
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# Singular values below this share of the largest are rounding.
-NEGLIGIBLE = 1e-7
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# PEFT's starts (init_lora_weights in adapter_config.json) that add nothing to the base, and take nothing from it.
+BEGIN_AT_ZERO = (True, "gaussian", "orthogonal", "eva")
+# What is left of a sum that cancels is rounding below this share of its terms. Sums are made in fp64.
+ROUNDING = 1e-13
+SHOWN_NAMES = 6
+LOFTQ = (
+    "LoftQ begins with what 4 bits lost and does not save that start, so what was learnt cannot be told from it; compare "
+    "runs with another init_lora_weights"
+)
 
 
 @dataclass(frozen=True)
 class Module:
-    """The learnt update of one linear layer, scale * B·A: A [rank, inputs], B [outputs, rank]. Sums are made in fp64: of two
-    nearly equal updates, the difference is a small difference of large numbers."""
+    """The learnt update of one linear layer, scale * B·A: A [rank, inputs], B [outputs, rank], as they are stored."""
 
     name: str
     a: np.ndarray
@@ -31,90 +39,129 @@ class Module:
     scale: float
 
     @property
-    def layer(self) -> int | None:
-        return layer_number(self.name)
+    def shape(self) -> tuple[int, int]:
+        """Of the layer's weight: outputs, inputs."""
+        return len(self.b), self.a.shape[1]
 
-    @property
-    def last_name(self) -> str:
-        return self.name.rpartition(".")[2]
-
-    @cached_property
-    def square(self) -> float:
-        """Squared Frobenius norm."""
-        return max(self.product(self), 0.0)
-
-    def product(self, other: "Module") -> float:
-        """Inner product of both updates, <s·B·A, s'·B'·A'> = s·s'·tr(A·A'^T·B'^T·B): matrices of ranks alone."""
-        of_a = self.a.astype(np.float64) @ other.a.T.astype(np.float64)
-        of_b = self.b.T.astype(np.float64) @ other.b.astype(np.float64)
-        return self.scale * other.scale * float(np.sum(of_a * of_b))
+    def factors(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scale * B, A) in fp64, with zeros up to that rank."""
+        missing = rank - len(self.a)
+        b, a = self.scale * self.b.astype(np.float64), self.a.astype(np.float64)
+        return np.pad(b, ((0, 0), (0, missing))), np.pad(a, ((0, missing), (0, 0)))
 
     def singular_values(self) -> np.ndarray:
-        """Of scale * B·A, the largest first, as many as the rank: of the triangles of two QR decompositions."""
-        triangles = np.linalg.qr(self.b, mode="r") @ np.linalg.qr(self.a.T, mode="r").T
-        return abs(self.scale) * np.linalg.svd(triangles, compute_uv=False)
+        """Of scale * B·A, the largest first, as many as the rank: those of the product of two QR triangles, rank x rank."""
+        b, a = self.factors(len(self.a))
+        of_b, of_a = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
+        values = np.linalg.svd(of_b @ of_a.T, compute_uv=False)
+        values[values < ROUNDING * np.linalg.norm(of_b) * np.linalg.norm(of_a)] = 0
+        return values
 
 
 @dataclass(frozen=True)
 class Update:
-    """All that an adapter has learnt, by the full names of the base's modules."""
+    """All that an adapter has learnt, by the full names of the base's modules, in the order of the layers."""
 
     modules: dict[str, Module]
 
 
-def load_update(adapter: Path) -> Update:
-    """The update that the adapter adds to the original base weights. An adapter that began with part of them (PiSSA, OLoRA) is
-    saved as one for the original base, so what it began with is subtracted already.
+def load_update(adapter: Path, *, init_lora_weights: str = "default") -> Update:
+    """The update that an adapter folder, as PEFT saves it, adds to the original base weights: of each module scale * B·A, where
+    the scale is alpha / rank, or alpha / sqrt(rank) for rsLoRA (https://arxiv.org/abs/2312.03732).
 
-    Raises RunError for DoRA, whose update depends on the base weights, and where the folder is no LoRA adapter.
+    `init_lora_weights`: the setting of the run, since the folder does not tell LoftQ. A run saves what PiSSA and OLoRA have learnt
+    as [B, -B0]·[A; A0], of twice the rank (worker/results.py), so their start is subtracted already. The file stays mapped: its
+    pages are read when they are needed.
+
+    Raises RunError with all that is wrong: DoRA, LoftQ, a start that is not subtracted, tensors that are no LoRA matrices of
+    linear layers, numbers that are not finite, and a folder that cannot be read.
     """
+    where = adapter.parent.name
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        tensors = _read(adapter / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{adapter}: cannot be read as an adapter ({error})") from None
+        config = json.loads((adapter / CONFIG).read_text())
+        tensors = _read(adapter / WEIGHTS)
+        alpha, init = config["lora_alpha"], config.get("init_lora_weights", True)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RunError(
+            f"{adapter}: cannot be read as an adapter ({type(error).__name__}: {error}); make it again"
+        ) from None
+    problems = []
     if config.get("use_dora"):
-        raise RunError(f"{adapter.parent.name}: DoRA learns magnitudes too, so its update is not scale x B·A alone")
-    names = [name.removeprefix(PREFIX).removesuffix(A) for name in tensors if name.endswith(A)]
-    if not names:
-        raise RunError(f"{adapter}: holds no LoRA matrices")
-    return Update({name: _module(name, tensors, config) for name in sorted(names, key=_order)})
+        problems.append(
+            f"{where}: DoRA learns magnitudes too, so its update is not scale x B·A alone; compare runs without"
+        )
+    elif init_lora_weights == "loftq" or init == "loftq":
+        problems.append(f"{where}: {LOFTQ}")
+    elif init not in BEGIN_AT_ZERO:
+        problems.append(
+            f"{where}: its start, init_lora_weights {init!r}, is still in it, so it is not what was learnt alone; save it as an "
+            "adapter of the original base"
+        )
+    if problems or (problems := _problems(where, tensors)):
+        raise RunError(*problems)
+    names = sorted((name.removeprefix(PREFIX).removesuffix(A) for name in tensors if name.endswith(A)), key=_order)
+    modules = {}
+    for name in names:
+        a, b = (tensors[f"{PREFIX}{name}{part}"] for part in (A, B))
+        scaled = _pattern(config.get("alpha_pattern") or {}, name, alpha)
+        modules[name] = Module(name, a, b, scaled / (math.sqrt(len(a)) if config.get("use_rslora") else len(a)))
+    return Update(modules)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    with safe_open(path, framework="np") as file:
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if "BF16" not in kinds:
-        return load_file(path)
-    return _read_bf16(path)  # numpy has no bf16
-
-
-def _read_bf16(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file (https://huggingface.co/docs/safetensors: a length, a JSON header, the bytes)."""
-    data = path.read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
+    """Tensors of a safetensors file (https://huggingface.co/docs/safetensors: a length, a JSON header, the bytes), mapped.
+    safetensors itself cannot give bf16 to numpy; here it becomes fp32."""
+    with safe_open(path, framework="np"):  # refuses a header that does not fit the file
+        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
     found = {}
-    for name, told in json.loads(data[8:begin]).items():
+    for name, told in json.loads(data[8:begin].tobytes()).items():
         if name == "__metadata__":
             continue
-        first, end = told["data_offsets"]
-        raw = data[begin + first : begin + end]
+        if told["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is of type {told['dtype']}")
+        first, end = (begin + offset for offset in told["data_offsets"])
+        values = data[first:end].view(DTYPES[told["dtype"]])
         if told["dtype"] == "BF16":  # the upper half of an fp32
-            values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2", "F64": "<f8"}[told["dtype"]])
+            values = (values.astype(np.uint32) << 16).view(np.float32)
         found[name] = values.reshape(told["shape"])
     return found
 
 
-def _module(name: str, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Module:
-    a, b = (tensors[f"{PREFIX}{name}{part}"] for part in (A, B))
-    rank, alpha = len(a), _pattern(config, "alpha_pattern", name, config["lora_alpha"])
-    return Module(name, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+def _problems(where: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Why these are not the matrices A and B of linear layers, all of them and nothing else."""
+    others = [name for name in tensors if not (name.startswith(PREFIX) and name.endswith((A, B)))]
+    stems = {name.removesuffix(A).removesuffix(B) for name in tensors if name not in others}
+    pairs = {stem: (tensors.get(stem + A), tensors.get(stem + B)) for stem in stems}
+    odd = [
+        stem
+        for stem, (a, b) in pairs.items()
+        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a)
+    ]
+    infinite = [name for name, tensor in tensors.items() if name not in others and not _is_finite(tensor)]
+    found = []
+    if others:
+        found.append(
+            f"{where}: {_listed(others)} are no LoRA matrices of linear layers, so its update is not scale x B·A alone"
+        )
+    if odd:
+        found.append(f"{where}: {_listed(odd)} have no A and B of one rank; its adapter is damaged")
+    if infinite:
+        found.append(
+            f"{where}: {_listed(infinite)} hold numbers that are not finite; train it again, with a lower learning_rate"
+        )
+    if not tensors:
+        found.append(f"{where}: its adapter holds no LoRA matrices")
+    return found
 
 
-def _pattern(config: dict[str, Any], field: str, name: str, default: float) -> float:
-    return next((v for k, v in (config.get(field) or {}).items() if name == k or name.endswith(f".{k}")), default)
+def _is_finite(tensor: np.ndarray) -> bool:
+    return not tensor.size or (math.isfinite(tensor.min()) and math.isfinite(tensor.max()))
+
+
+def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """As PEFT reads rank_pattern and alpha_pattern: the first whose expression fits the name's end."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _order(name: str) -> tuple[Any, ...]:
@@ -122,71 +169,131 @@ def _order(name: str) -> tuple[Any, ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Full name -> as much of its end as tells a layer's modules apart: "q_proj"; GPT-2's "attn.c_proj" and "mlp.c_proj"."""
+    paths = {name: _without_number(name) for name in names}
+    ends = Counter(path[start:] for path in set(paths.values()) for start in range(len(path)))
+    return {
+        name: ".".join(next((path[at:] for at in reversed(range(len(path))) if ends[path[at:]] == 1), path))
+        for name, path in paths.items()
+    }
+
+
+def _without_number(name: str) -> tuple[str, ...]:
+    """The parts of a name, the same in every decoder layer."""
+    parts = name.split(".")
+    at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return tuple(parts if at is None else parts[:at] + parts[at + 1 :])
+
+
 @dataclass(frozen=True)
 class Similarity:
-    """`overall` and each of `modules` hold cosine, l2 and relative: ‖first - second‖ and that over ‖first‖. None where an update
-    is zero. `only_in_one`: modules that one of the adapters has not; they are not compared."""
+    """`overall`, of all modules that both have, and each of `modules` hold cosine, l2 and relative: ‖first - second‖, and that over
+    ‖first‖; None where that is undefined, as an update is zero. Modules that only one adapter has are named, by full names, and
+    not compared."""
 
     overall: dict[str, float | None]
     modules: list[dict[str, Any]]
-    only_in_one: list[str]
+    only_in_first: list[str]
+    only_in_second: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        return {"overall": self.overall, "modules": self.modules, "only_in_one": self.only_in_one}
+        return {
+            "overall": self.overall,
+            "modules": self.modules,
+            "only_in_first": self.only_in_first,
+            "only_in_second": self.only_in_second,
+        }
 
 
 def compare(first: Update, second: Update) -> Similarity:
-    """Raises RunError where a module has other sizes in both, or they have none in common."""
+    """Adapters of one base, whatever their ranks. Of each pair of modules only matrices of the ranks' size are made.
+
+    Raises RunError where modules are of other sizes in both, or the adapters have none in common.
+    """
     shared = [name for name in first.modules if name in second.modules]
-    pairs = [(first.modules[name], second.modules[name]) for name in shared]
-    wrong = [one.name for one, other in pairs if one.a.shape[1] != other.a.shape[1] or len(one.b) != len(other.b)]
+    wrong = [
+        f"{name} ({_size(first.modules[name])} and {_size(second.modules[name])})"
+        for name in shared
+        if first.modules[name].shape != second.modules[name].shape
+    ]
     if wrong:
-        raise RunError(
-            f"adapters of other bases: {', '.join(wrong[:4])} have other sizes; compare adapters of one base"
-        )
+        raise RunError(f"adapters of other bases: {_listed(wrong)} differ in size; compare adapters of one base")
     if not shared:
         raise RunError("the adapters have no module in common; compare adapters of the same layers")
-    sums, modules = (0.0, 0.0, 0.0), []
-    for one, other in pairs:
-        terms = one.square, other.square, one.product(other)
-        sums = tuple(total + term for total, term in zip(sums, terms, strict=True))
-        modules.append({"layer": one.layer, "module": one.last_name, **_measures(*terms)})
-    alone = [name for name in (*first.modules, *second.modules) if (name in first.modules) != (name in second.modules)]
-    return Similarity(_measures(*sums), modules, alone)
+    names = short_names([*first.modules, *second.modules])
+    sums, modules = np.zeros(4), []
+    for name in shared:
+        terms = _terms(first.modules[name], second.modules[name])
+        sums += terms
+        modules.append({"layer": layer_number(name), "module": names[name], **_measures(*terms)})
+    return Similarity(
+        overall=_measures(*sums.tolist()),
+        modules=modules,
+        only_in_first=[name for name in first.modules if name not in second.modules],
+        only_in_second=[name for name in second.modules if name not in first.modules],
+    )
 
 
-def _measures(first: float, second: float, product: float) -> dict[str, float | None]:
-    """From both squared norms and the inner product."""
-    apart = math.sqrt(max(first + second - 2 * product, 0.0))
-    both = math.sqrt(first * second)
+def _size(module: Module) -> str:
+    return " x ".join(map(str, module.shape))
+
+
+def _terms(one: Module, other: Module) -> tuple[float, float, float, float]:
+    """‖U‖², ‖V‖², <U, V> and ‖U - V‖² of U = B·A and V = D·C (scales within B and D). With <B·A, D·C> = tr(B^T·D · C·A^T), all are
+    sums over matrices of the ranks' size.
+
+    U - V = (B - D)·A + D·(A - C), so that nearly equal updates are told apart to more digits than ‖U‖² + ‖V‖² - 2<U, V> has.
+    """
+    rank = max(len(one.a), len(other.a))
+    (b, a), (d, c) = one.factors(rank), other.factors(rank)
+    product = float(np.sum((b.T @ d) * (a @ c.T)))
+    apart = _square(np.hstack([b - d, d]), np.vstack([a, a - c]))
+    return _square(b, a), _square(d, c), product, apart
+
+
+def _square(b: np.ndarray, a: np.ndarray) -> float:
+    """‖b·a‖²; 0 where nothing but rounding is left, as of [B, -B0]·[A; A0] that has learnt nothing."""
+    terms = (b.T @ b) * (a @ a.T)
+    total = float(terms.sum())
+    return total if total > ROUNDING * float(np.abs(terms).sum()) else 0.0
+
+
+def _measures(first: float, second: float, product: float, apart: float) -> dict[str, float | None]:
+    both = math.sqrt(first) * math.sqrt(second)
     return {
         "cosine": max(-1.0, min(1.0, product / both)) if both else None,
-        "l2": apart,
-        "relative": apart / math.sqrt(first) if first else None,
+        "l2": math.sqrt(apart),
+        "relative": math.sqrt(apart / first) if first else None,
     }
 
 
 def spectrum(update: Update) -> list[dict[str, Any]]:
-    """Of each module: Frobenius norm, singular values, and effective rank, exp of the entropy of the singular values over their
-    sum (Roy and Vetterli 2007, https://ieeexplore.ieee.org/document/7098875); None for a zero update."""
-    return [_spectrum(module) for module in update.modules.values()]
+    """Of each module: layer, module, Frobenius norm, singular values (as many as the rank) and effective rank."""
+    names, found = short_names(update.modules), []
+    for name, module in update.modules.items():
+        values = module.singular_values()
+        found.append({
+            "layer": layer_number(name),
+            "module": names[name],
+            "norm": float(np.linalg.norm(values)),
+            "effective_rank": effective_rank(values),
+            "singular_values": values.tolist(),
+        })  # fmt: skip
+    return found
 
 
-def _spectrum(module: Module) -> dict[str, Any]:
-    values = module.singular_values()
-    return {
-        "layer": module.layer,
-        "module": module.last_name,
-        "norm": float(np.linalg.norm(values)),
-        "effective_rank": effective_rank(values),
-        "singular_values": [float(value) for value in values],
-    }
-
-
-def effective_rank(values: Iterable[float]) -> float | None:
-    found = np.asarray(list(values))
-    found = found[found > NEGLIGIBLE * found.max(initial=0.0)]
-    if not len(found):
+def effective_rank(values: Sequence[float] | np.ndarray) -> float | None:
+    """Of singular values: exp of the entropy of their shares of their sum, from 1 to their number (Roy and Vetterli 2007, "The
+    effective rank: a measure of effective dimensionality", EUSIPCO); None where all are zero."""
+    positive = np.asarray(values, dtype=np.float64)
+    positive = positive[positive > 0]
+    if not len(positive):
         return None
-    shares = found / found.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    shares = positive / positive.sum()
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")

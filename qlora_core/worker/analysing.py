@@ -107,11 +107,8 @@ class StudyAnalysis(Training):
         self.keep(similarity=similarity, updates=spectra, refused=refused)
 
     def load_update(self, run: StudyRun) -> Update:
-        if run.config.init_lora_weights == "loftq":
-            raise RunError(
-                "LoftQ begins with what 4 bits lost, which is in the adapter, so it is not what was learnt alone"
-            )
-        return adapter_comparison.load_update(self.adapter_of(run).parent)
+        folder = self.adapter_of(run).parent
+        return adapter_comparison.load_update(folder, init_lora_weights=run.config.init_lora_weights)
 
     # -- the base
 
@@ -128,7 +125,8 @@ class StudyAnalysis(Training):
                     self.phase(f"measuring what {told} loses of each matrix", done, total)
 
             for found in quantisation_error(
-                self.base.folder, config, device=self.device, dtype=hardware.DTYPES[self.dtype], report=report
-            ):
+                self.base.folder, config, device=self.device, dtype=hardware.DTYPES[self.dtype],
+                report=report, tell=lambda text: self.say(events.Note(text=text)),
+            ):  # fmt: skip
                 measured.setdefault((found["layer"], found["module"], found["type"]), found)
         self.keep(quantisation=list(measured.values()))
