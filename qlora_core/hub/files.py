@@ -1,0 +1,58 @@
+"""Which files of a folder go to the Hub, and whether what is there is what was sent."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qlora_core.errors import HubError
+from qlora_core.hub.faults import hub_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+RepoType = Literal["model", "dataset"]
+
+PATHS_A_REQUEST = 500
+
+
+def chosen(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Files of the folder by their path in it, in order. Raises HubError for links that lead out of it."""
+    root = folder.resolve()
+    found = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in sorted(folder.glob(pattern))}
+    problems = [
+        f"{name} of {str(folder)!r}: is a link to a place outside the folder; put the file itself there"
+        for name, path in found.items()
+        if not path.resolve().is_relative_to(root)
+    ]
+    if problems:
+        raise HubError(*problems)
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def compare(
+    api: "HfApi", repo_id: str, adds: "Sequence[CommitOperationAdd]", commit: str, *, repo_type: RepoType, token: str
+) -> None:
+    """Raises HubError naming every file that the commit holds with other bytes than were sent."""
+    what, remote = f"{repo_type} {repo_id!r}", {}
+    names = [add.path_in_repo for add in adds]
+    with hub_errors(f"{what}: was pushed, but could not be checked", token):
+        for start in range(0, len(names), PATHS_A_REQUEST):
+            asked = names[start : start + PATHS_A_REQUEST]
+            found = api.get_paths_info(repo_id, asked, repo_type=repo_type, revision=commit)
+            remote |= {info.path: info for info in found}
+        wrong = [add.path_in_repo for add in adds if not same(add, remote.get(add.path_in_repo))]
+    if wrong:
+        raise HubError(
+            f"{what}: commit {commit[:8]} holds other bytes than were sent in {', '.join(wrong)}; push again"
+        )
+
+
+def same(add: "CommitOperationAdd", remote: Any) -> bool:
+    if remote is None or remote.size != add.upload_info.size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == add.upload_info.sha256.hex()
+    with add.as_file() as file:
+        content = file.read()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
