@@ -11,6 +11,7 @@ from qlora_core import events
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.hub_source import PREFIX, HubDataset
 from qlora_core.data.locate import LINEAGE
+from qlora_core.data.prepared_set import place_of
 from qlora_core.data.stored import StoredDataset
 from qlora_core.errors import LabError, RunError
 from qlora_core.models import BaseModel
@@ -91,13 +92,12 @@ class Facts:
     @cached_property
     def lineage(self) -> dict[str, Any]:
         """lineage.json of the prepared set that the run was started from, where it is still the same one; else empty."""
-        folder = Path(self.config.data).expanduser()
-        for path in (
-            folder / LINEAGE,
-            folder.with_name(f"{folder.name}.v{self.dataset.origin.get('version')}") / LINEAGE,
-        ):
+        folder, version = Path(self.config.data).expanduser(), self.dataset.origin.get("version")
+        if not isinstance(version, int):
+            return {}
+        for path in (folder, place_of(folder, version)):
             with suppress(OSError, ValueError):
-                told = json.loads(path.read_text(encoding="utf-8"))
+                told = json.loads((path / LINEAGE).read_text(encoding="utf-8"))
                 if told.get("fingerprint") == self.dataset.origin.get("fingerprint"):
                     return told
         return {}

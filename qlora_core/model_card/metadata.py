@@ -101,12 +101,20 @@ def validate(text: str) -> list[str]:
 
     if len(text) > _LONGEST_CARD:
         return [f"the card has {len(text):,} characters; keep it below {_LONGEST_CARD:,}"]
-    if not REGEX_YAML_BLOCK.search(text):
+    block = REGEX_YAML_BLOCK.search(text)
+    if not block:
         return ["the card does not begin with its front matter; begin it with a line ---, the metadata, and a line ---"]
     try:
+        # A few lines of them can stand for more than memory holds.
+        if any(
+            isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in yaml.scan(block[2], yaml.SafeLoader)
+        ):
+            return ["the front matter uses aliases (& and *); write the values out"]
         with _quiet():
             card = ModelCard(text)
-            front = card.data.to_dict()
+        front = (
+            yaml.safe_load(block[2]) or {}
+        )  # as it stands there: ModelCard makes a list of letters of a text as tags
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return [f"the front matter cannot be read: {plain(error, most=300)}"]
     problems = _licence_problems(front) + _id_problems(front) + _index_problems(front.get("model-index") or [])
