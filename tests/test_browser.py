@@ -219,7 +219,7 @@ def test_a_narrow_window_needs_no_sideways_scrolling(chromium, lab, scheme):
     context = chromium.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     page.goto(lab[0])
-    for name in ("Data", "Train", "Runs", "Publish"):
+    for name in ("Data", "Train", "Runs", "Compare", "Publish"):
         tab(page, name)
         expect(page.get_by_role("tab", name=name, exact=True).first).to_have_attribute("aria-selected", "true")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name

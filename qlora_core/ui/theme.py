@@ -92,6 +92,8 @@ _PAGE = """
 .prose i { color: inherit; }
 footer .divider { display: none; }
 .tab-wrapper button.selected { color: var(--body-text-color) !important; font-weight: 600; }
+/* All five tabs in sight on a phone: gradio hides those that do not fit behind three dots. */
+@media (max-width: 480px) { .tab-wrapper button { padding: 0 8px !important; font-size: .92rem; } }
 .lab-status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 22px; min-height: 34px; }
 .lab-status b { font-size: 1.35rem; letter-spacing: -0.02em; }
 .lab-status .device { color: var(--muted); }
