@@ -143,6 +143,7 @@ def test_the_bundled_base_is_said_to_have_been_4_bit(copy: Run) -> None:
     change(copy, "model.json", name="HuggingFaceTB/SmolLM2-135M-Instruct", origin="bundled (4-bit GGUF, converted)")
     text = card_of(copy)
     assert front_of(text)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "`HuggingFaceTB/SmolLM2-135M-Instruct`: `apache-2.0`" in section(text, "Licence")
     assert "Its base weights were 4-bit once" in text and yaml.safe_load(fence(text, "yaml"))["base_model"] == "bundled"
 
 
@@ -157,6 +158,25 @@ def test_figures_are_those_that_were_measured(run: Run) -> None:
     info = run.result()["run_info"]
     assert all(info[name] in environment for name in ("device", "python")) and info["packages"]["peft"] in environment
     assert info["git_commit"] is None or info["git_commit"] in environment
+
+
+def test_memory_of_a_gpu_is_named_as_such(copy: Run) -> None:
+    gpu = {
+        "peak_allocated_bytes": 3 * 1024**3,
+        "peak_reserved_bytes": 4 * 1024**3,
+        "load_peak_allocated_bytes": 1024**3,
+    }
+    change(copy, "result.json", "train_info", **gpu)
+    change(copy, "result.json", "run_info", device="NVIDIA H100 80GB HBM3", driver=["580.1", "13.0"])
+    text = card_of(copy)
+    assert "| peak GPU memory allocated, training | 3.00 GiB |" in text and "estimated before the run, GPU" in text
+    assert "`NVIDIA H100 80GB HBM3`" in section(text, "Memory and speed") and "| `580.1`, `13.0` |" in text
+
+
+def test_a_run_that_was_stopped_says_so(copy: Run) -> None:
+    change(copy, "result.json", "meta_info", ended="stopped")
+    change(copy, "result.json", "train_info", steps=2)
+    assert "stopped by a person after 2 of 3 steps" in card_of(copy)
 
 
 def test_rows_are_named_by_fingerprint_source_and_what_changed_since_the_last_version(run: Run) -> None:
@@ -245,6 +265,13 @@ def test_pictures_are_png_that_the_card_shows(run: Run, tmp_path: Path) -> None:
         with Image.open(io.BytesIO(content)) as picture:
             assert picture.width == 1440 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
     assert validate(card.text) == []
+
+
+def test_long_settings_fit_into_the_pictures(run: Run) -> None:
+    long = {"method": "qlora", "quantize_modules": [f"q_proj@{n}" for n in range(40)]}
+    compared = study([study_run(varied=long), study_run()])
+    card = model_card(run, what="adapter", repo_id="alice/tiny", study=compared)
+    assert set(card.images) == {"images/loss.png", "images/study-costs.png", "images/study-losses.png"}
 
 
 def test_a_study_shows_its_verdict_and_what_did_not_finish(run: Run) -> None:

@@ -19,6 +19,7 @@ from qlora_core.verdicts import verdicts
 from qlora_core.wording import METHOD_NAMES, loss, seconds, size
 
 IMAGES = "images"
+BUNDLED_LICENCE = "apache-2.0"  # as the page of SmolLM2-135M-Instruct has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def model_card(
     """
     text = text or CardText()
     facts = gather(run, what=what, onto=onto, repo_id=repo_id, version=version)
-    licence = text.license or of_model(of_data(run), text.base_license or None)
+    base_licence = text.base_license or (BUNDLED_LICENCE if facts.base.was_4_bit else None)
+    licence = text.license or of_model(of_data(run), base_licence)
     images, curve = {}, None
     if picture := figures.loss_curve(facts.history, method=facts.config.method):
         curve = f"{IMAGES}/loss.png"
@@ -95,7 +97,7 @@ def model_card(
         images |= pictures
     sections |= {
         "Data": evidence.data_section(facts),
-        "Licence": licence_section(run, named=licence, base=text.base_license or None, base_name=code(facts.base.name)),
+        "Licence": licence_section(run, named=licence, base=base_licence, base_name=code(facts.base.name)),
         "Memory and speed": evidence.cost_section(facts),
         "Settings": evidence.settings_section(facts),
         "Environment": evidence.environment_section(facts),

@@ -39,6 +39,8 @@ def data_section(facts: Facts) -> str:
         told.append(("fingerprint, prepared set", code(origin.get("fingerprint"))))
     told.append(("since its last version", _since(facts)))
     parts = [table(("of the rows", ""), told)]
+    if not facts.run.trains:
+        parts.append("These are the rows of the first part, on whose evaluation rows the sum was evaluated.")
     remarks = [f"- {prose(remark)}" for remark in rows.remarks()]
     if facts.found.get("rows_cut"):
         most = facts.config.max_seq_length

@@ -15,7 +15,7 @@ from qlora_core.data.prepared_set import place_of
 from qlora_core.data.stored import StoredDataset
 from qlora_core.errors import LabError, RunError
 from qlora_core.models import BaseModel
-from qlora_core.runs import Run
+from qlora_core.runs import Run, RunStore
 
 ADAPTER, MERGED = "adapter", "merged"
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -82,6 +82,7 @@ class Facts:
     def hub_datasets(self) -> list[HubDataset]:
         """Where rows came from the Hub, also on the way of a prepared set."""
         named = [self.dataset.origin.get("source"), *(one.get("hub") for one in self.lineage.get("sources", ()))]
+        named += [part.dataset().origin.get("source") for part in parts_of(self.run) if part]
         found = []
         for text in named:
             if isinstance(text, str) and text.startswith(PREFIX):
@@ -121,6 +122,17 @@ class Facts:
             self.config, data=named(self.config.data), eval_data=named(self.config.eval_data),
             base_model="bundled" if self.base.was_4_bit else base,
         )  # fmt: skip
+
+
+def parts_of(run: Run) -> list[Run | None]:
+    """The runs whose adapters a combination adds up, None for one that is gone; empty for a run that trained."""
+    found: list[Run | None] = []
+    for part in (run.combination() or {"parts": ()})["parts"]:
+        known = None
+        with suppress(LabError):
+            known = RunStore(run.settings).get(part["run_id"])
+        found.append(known)
+    return found
 
 
 def gather(run: Run, *, what: str, onto: str | None, repo_id: str, version: str | None) -> Facts:

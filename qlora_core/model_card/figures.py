@@ -111,6 +111,13 @@ class _Sheet:
     def width(self, text: str, size: float = 12) -> float:
         return self._draw.textlength(text, font=ImageFont.load_default(size * SCALE)) / SCALE
 
+    def fitted(self, text: str, width: float) -> str:
+        """The text, or as much of its beginning as the width holds."""
+        if self.width(text) <= width:
+            return text
+        most = next(n for n in range(len(text) - 1, -1, -1) if self.width(text[:n] + "…") <= width or n == 0)
+        return text[:most] + "…"
+
     def png(self) -> bytes:
         """The same picture gives the same bytes, so that a push without a change is none."""
         file = io.BytesIO()
@@ -156,7 +163,8 @@ def _legend(sheet: _Sheet | None, lines: Sequence[Line]) -> int:
     """Rows that the entries take below the title, drawn where there is a sheet."""
     ruler, x, row = sheet or _Sheet(1), 12.0, 0
     for line in lines:
-        room = ruler.width(line.name) + 44
+        name = ruler.fitted(line.name, WIDTH - 60)
+        room = ruler.width(name) + 44
         if x + room > WIDTH - 8 and x > 12:
             x, row = 12.0, row + 1
         if sheet:
@@ -164,7 +172,7 @@ def _legend(sheet: _Sheet | None, lines: Sequence[Line]) -> int:
             sheet.line([(x, y), (x + 22, y)], line.colour, 2)
             if line.dotted:
                 sheet.dot(x + 11, y, line.colour)
-            sheet.text(x + 28, y, line.name, anchor="lm")
+            sheet.text(x + 28, y, name, anchor="lm")
         x += room
     return row + 1
 
@@ -179,7 +187,7 @@ def _bars(panels: Sequence[tuple[str, dict[str, float | None], Callable[[float],
         y += 30
         most = max((value for value in values.values() if value is not None), default=1) or 1
         for label, value in values.items():
-            sheet.text(left - 8, y + ROW / 2 - 2, label, anchor="rm")
+            sheet.text(left - 8, y + ROW / 2 - 2, sheet.fitted(label, left - 20), anchor="rm")
             if value is None:
                 sheet.text(left, y + ROW / 2 - 2, "not measured", anchor="lm", colour=NEUTRAL)
             else:

@@ -1,13 +1,11 @@
 """Licences of the rows and of the base, as the Hub names them, and what must be said before a model of theirs is published."""
 
-import contextlib
 import re
 from collections.abc import Iterable
 
-from qlora_core.data.rows import counted
-from qlora_core.errors import LabError
+from qlora_core.model_card.facts import parts_of
 from qlora_core.model_card.markdown import code, plain, prose
-from qlora_core.runs import Run, RunStore
+from qlora_core.runs import Run
 
 # https://huggingface.co/docs/hub/repositories-licenses
 _HUB = """
@@ -53,16 +51,9 @@ def licence_fields(named: str | None) -> dict[str, str]:
 def of_data(run: Run) -> list[str | None]:
     """Licences of the rows that the run learnt from, each once; None for rows of an unknown one. A combination has those of
     all its parts."""
-    combination = run.combination()
-    if combination is None:
+    if run.combination() is None:
         return [run.config().dataset_license or None]
-    found: list[str | None] = []
-    for part in combination["parts"]:
-        licence = None
-        with contextlib.suppress(LabError, OSError, ValueError):  # the part's run is gone
-            licence = RunStore(run.settings).get(part["run_id"]).config().dataset_license or None
-        found.append(licence)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(part.config().dataset_license or None if part else None for part in parts_of(run)))
 
 
 def is_non_commercial(named: str) -> bool:
@@ -120,7 +111,7 @@ def licence_section(run: Run, *, named: str | None, base: str | None, base_name:
     found = of_data(run)
     lines = [
         f"This model: {code(named)}." if named else "This model: no licence was named, so nobody may rely on one.",
-        f"Its rows ({counted(len(found), 'licence')}): {', '.join(code(one or 'unknown') for one in found)}.",
+        f"The rows that it learnt from: {', '.join(code(one or 'unknown') for one in found)}.",
         f"Its base model, {base_name}: {code(base) if base else 'see its own page or files; its licence goes on to hold'}.",
     ]
     warnings = "\n".join(f"> **{prose(problem)}**" for problem in _problems(found))

@@ -58,7 +58,8 @@ def _dataset(facts: Facts) -> dict[str, Any]:
         # Held out of that split, not the dataset's own split of that name: so without `split`.
         told = {"name": source.repo_id, "type": source.repo_id, "config": source.config, "revision": source.revision}
         return {name: value for name, value in told.items() if value}
-    file_name = facts.dataset.eval_source if facts.config.eval_data else facts.dataset.file_name
+    rows = facts.dataset
+    file_name = rows.eval_source if facts.config.eval_data else rows.origin.get("name") or rows.file_name
     return {"name": plain(file_name) or "rows of a file", "type": slug(file_name)}
 
 
