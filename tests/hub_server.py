@@ -85,6 +85,7 @@ class Hub(State):
         self.url, self.cdn_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         self.requests: list[Seen] = []
         self.faults: list[tuple[str, str, int]] = []
+        self.once: list[tuple[str, str, int]] = []  # as `faults`, each for one request; status 0 cuts the connection
         self.stop: Callable[[], None] = lambda: None
 
     def _lookup(self, call: Call, kind: str, repo_id: str, *, write: bool) -> Repo:
@@ -264,11 +265,17 @@ class Hub(State):
             raise Refused(404, f"A file with this name doesn't exist: {sorted(missing)}", "EntryNotFound")
         if head.get("parentCommit") not in (None, parent.oid):
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
-        ref, author = f"refs/heads/{revision}", call.token.user if call.token else ""
+        proposed = call.query.get("create_pr") == "1"
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
+        ref, author = (
+            f"refs/pr/{number}" if proposed else f"refs/heads/{revision}",
+            call.token.user if call.token else "",
+        )
         text = head.get("description", "")
         commit = self.add_commit(repo, ref, files, gone, title=head["summary"], author=author, text=text)
         url = f"{self.url}/{'' if repo.kind == 'models' else repo.kind + '/'}{repo.id}/commit/{commit.oid}"
-        return JSONResponse({"success": True, "commitOid": commit.oid, "commitUrl": url})
+        request = {"pullRequestUrl": f"{url.partition('/commit/')[0]}/discussions/{number}"} if proposed else {}
+        return JSONResponse({"success": True, "commitOid": commit.oid, "commitUrl": url, **request})
 
     @endpoint("POST", "/api/{repo}/(?P<group>branch|tag)/{revision}", write=True)
     def make_ref(self, call: Call, repo: Repo, group: str, revision: str) -> Response:
@@ -283,15 +290,24 @@ class Hub(State):
     # Serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        await self._answer(request, scope["raw_path"].decode(), await request.body())(scope, receive, send)
+        request, path = Request(scope, receive), scope["raw_path"].decode()
+        fault = next((f for f in self.once if f[0] == request.method and re.search(f[1], path)), None)
+        if fault and fault[2] == 0:
+            self.once.remove(fault)
+            await receive()  # the first part of what is sent has come
+            receive.__self__.transport.abort()  # type: ignore[attr-defined]
+            return
+        await self._answer(request, path, await request.body())(scope, receive, send)
 
     def _answer(self, request: Request, path: str, body: bytes) -> Response:
         sent = request.headers.get("authorization")
         self.requests.append(Seen(request.method, request.headers.get("host", ""), path, sent))
         try:
-            for method, where, status in self.faults:
+            for fault in (*self.once, *self.faults):
+                method, where, status = fault
                 if method == request.method and re.search(where, path):
+                    if fault in self.once:
+                        self.once.remove(fault)
                     raise Refused(status, "A fault that the test asked for")
             token = self.tokens.get((sent or "").removeprefix("Bearer "))
             if sent and token is None:

@@ -6,5 +6,24 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 from qlora_core.hub.access import Account, account, full_name
 from qlora_core.hub.datasets import PushedDataset, push_dataset
 from qlora_core.hub.faults import hub_errors, reason
+from qlora_core.hub.models import PushedModel, plan_push, push_model
+from qlora_core.hub.plans import PushPlan
+from qlora_core.hub.releases import Release, Version, rollback, versions
 
-__all__ = ["Account", "PushedDataset", "account", "full_name", "hub_errors", "push_dataset", "reason"]
+__all__ = [
+    "Account",
+    "PushPlan",
+    "PushedDataset",
+    "PushedModel",
+    "Release",
+    "Version",
+    "account",
+    "full_name",
+    "hub_errors",
+    "plan_push",
+    "push_dataset",
+    "push_model",
+    "reason",
+    "rollback",
+    "versions",
+]

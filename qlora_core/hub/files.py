@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 RepoType = Literal["model", "dataset"]
+Content = bytes | Path
 
 PATHS_A_REQUEST = 500
 
@@ -56,3 +57,23 @@ def same(add: "CommitOperationAdd", remote: Any) -> bool:
     with add.as_file() as file:
         content = file.read()
     return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def sha256(content: Content) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_oid(content: Content) -> str:
+    """git's blob hash, by which the Hub names what is not in LFS."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    found = hashlib.sha1(b"blob %d\0" % size)
+    if isinstance(content, bytes):
+        found.update(content)
+    else:
+        with content.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()

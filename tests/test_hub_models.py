@@ -1,0 +1,320 @@
+"""Models on the Hub through the true client against a Hub on loopback: plans, pushes, versions, faults."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub, hub
+
+from qlora_core.errors import HubError
+from qlora_core.hub import PushedModel, PushPlan, Release, plan_push, push_model, rollback, versions
+
+# huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+MARK = "hf_SECRETMARKER"
+ALICE, READER, BOB = f"{MARK}alice", f"{MARK}reader", f"{MARK}bob"
+SENT = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "images/loss.png",
+    "release.json",
+}
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client waits between its attempts
+    with hub(tmp_path / "hub") as found:
+        found.add_user("alice", organizations={"acme": "write", "readers": "read"})
+        found.add_user("bob")
+        found.add_token("alice", text=ALICE)
+        found.add_token("alice", "read", text=READER)
+        found.add_token("bob", text=BOB)
+        yield found
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter's folder, with what must stay at home beside it."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights, first")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("optimizer.pt", "rng_state.pth", "events.jsonl", "log.txt", "model.bin", "checkpoints/x.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    return folder
+
+
+def release(loss: float = 2.0, rows: str = "rows", **changed: Any) -> Release:
+    values: dict[str, Any] = {"what": "adapter", "eval_fingerprint": rows, "metrics": {"eval_loss": loss}}
+    return Release(**values | {"dataset_fingerprint": "data", "git_commit": "c0ffee"} | changed)
+
+
+def asked(served: Hub, changed: dict[str, Any]) -> dict[str, Any]:
+    files = {"README.md": b"---\nlicense: mit\n---\n# A card\n", "images/loss.png": b"\x89PNG"}
+    return {"token": ALICE, "endpoint": served.url, "files": files, "release": release()} | changed
+
+
+def plan(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> PushPlan:
+    return plan_push(folder, repo_id, **asked(served, changed))
+
+
+def push(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> PushedModel:
+    """As a person does: what would change is looked at, then agreed to."""
+    return push_model(
+        folder, repo_id, **asked(served, changed), agreed=plan_push(folder, repo_id, **asked(served, changed))
+    )
+
+
+def weights(folder: Path, text: str) -> Path:
+    (folder / "adapter_model.safetensors").write_bytes(text.encode())
+    return folder
+
+
+def test_a_push_makes_a_private_repository_with_what_belongs_there_in_one_commit(served: Hub, adapter: Path) -> None:
+    planned = plan(served, adapter)
+    assert planned.creates and set(planned.adds) == SENT and not served.repos
+    pushed = push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    assert repo.private and set(repo.head.files) == SENT | {".gitattributes"}
+    assert [commit.title for commit in repo.commits] == ["initial commit", "v1: adapter"]
+    assert (pushed.commit, pushed.version, pushed.changed) == (repo.head.oid, "v1", True)
+    assert repo.refs["refs/tags/v1"] == pushed.commit and pushed.url == f"{served.url}/alice/mine"
+    record = json.loads(served.read(repo, "release.json"))
+    assert (record["version"], record["git_commit"], record["dataset_fingerprint"]) == ("v1", "c0ffee", "data")
+    assert record["metrics"] == {"eval_loss": 2.0} and set(record["files"]) == SENT - {"release.json"}
+    assert {seen.authorization for seen in served.requests if seen.host.startswith("localhost")} == {None}
+
+
+def test_pushing_again_makes_no_commit_and_no_version(served: Hub, adapter: Path) -> None:
+    first, again = push(served, adapter), push(served, adapter)
+    assert (again.changed, again.commit, again.version) == (False, first.commit, "v1")
+    repo = served.repo("alice/mine", "models")
+    assert len(repo.commits) == 2 and [ref for ref in repo.refs if "tags" in ref] == ["refs/tags/v1"]
+
+
+def test_an_existing_repository_changes_only_as_was_shown(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    served.commit(repo, {"notes.txt": "mine"})
+    weights(adapter, "second")
+    (adapter / "chat_template.jinja").unlink()
+    planned = plan(served, adapter)
+    assert planned.changes == ("adapter_model.safetensors", "release.json") and planned.adds == ()
+    assert planned.removes == ("chat_template.jinja",) and "notes.txt" in planned.keeps and planned.foreign == ()
+    with pytest.raises(HubError, match="is there already; look at what") as found:
+        push_model(adapter, "mine", **asked(served, {}))
+    assert "removes chat_template.jinja" in str(found.value)
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        push_model(weights(adapter, "weights, first"), "mine", **asked(served, {}), agreed=planned)
+    pushed = push_model(weights(adapter, "second"), "mine", **asked(served, {}), agreed=planned)
+    assert pushed.version == "v2" and set(repo.head.files) == SENT - {"chat_template.jinja"} | {
+        ".gitattributes",
+        "notes.txt",
+    }
+
+
+def test_what_a_person_changed_there_is_not_replaced_without_a_word(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    served.commit(repo, {"README.md": "---\nlicense: mit\n---\n# Mine\n"})
+    with pytest.raises(HubError, match=r"holds README\.md as no push from here made them.*--force"):
+        push(served, adapter)
+    assert push(served, adapter, force=True).version == "v2"
+    assert served.read(repo, "README.md") == b"---\nlicense: mit\n---\n# A card\n"
+
+
+def test_versions_are_listed_compared_and_gone_back_to(served: Hub, adapter: Path) -> None:
+    first = push(served, adapter)
+    (adapter / "added_tokens.json").write_text("{}")
+    push(served, weights(adapter, "second"), version_is := "mine", release=release(1.9))
+    repo = served.repo(f"alice/{version_is}", "models")
+    served.commit(repo, {"notes.txt": "mine"})
+    listed = versions("alice/mine", ALICE, endpoint=served.url)
+    assert [(v.version, v.release.metrics["eval_loss"], v.current) for v in listed if v.release] == [
+        ("v2", 1.9, True),
+        ("v1", 2.0, False),
+    ]
+    back = rollback("mine", "v1", ALICE, endpoint=served.url)
+    kept = {path: file.sha256 for path, file in repo.head.files.items() if path != "notes.txt"}
+    assert kept == {path: file.sha256 for path, file in repo.at(first.commit).files.items()}
+    assert "notes.txt" in repo.head.files and repo.head.title == "Roll back to v1" and back.changed
+    assert [v.version for v in versions("alice/mine", ALICE, endpoint=served.url) if v.current] == ["v1"]
+    assert not rollback("mine", "v1", ALICE, endpoint=served.url).changed
+    assert push(served, weights(adapter, "third")).version == "v3", "numbers are not given twice"
+    with pytest.raises(HubError, match="has no version 'v9'; those there are: v1, v2, v3"):
+        rollback("mine", "v9", ALICE, endpoint=served.url)
+
+
+@pytest.mark.parametrize(("loss", "rows", "refused"), [(2.2, "rows", True), (2.09, "rows", False), (9, "other", False)])
+def test_a_version_that_was_much_better_on_the_same_rows_is_not_published_over(
+    served: Hub, adapter: Path, loss: float, rows: str, refused: bool
+) -> None:
+    push(served, adapter)
+    weights(adapter, "second")
+    if refused:
+        with pytest.raises(HubError, match=r"version v1 has an evaluation loss of 2\.0000 .* 10\.0% worse"):
+            push(served, adapter, release=release(loss, rows))
+        assert len(served.repo("alice/mine", "models").commits) == 2
+        assert push(served, adapter, release=release(loss, rows), force=True).version == "v2"
+    else:
+        assert push(served, adapter, release=release(loss, rows)).changed
+
+
+def test_a_version_can_be_named_once(served: Hub, adapter: Path) -> None:
+    assert push(served, adapter, release=release(version="1.0")).version == "1.0"
+    assert not push(served, adapter, release=release(version="1.0")).changed
+    with pytest.raises(HubError, match=r"has a version '1\.0' already"):
+        push(served, weights(adapter, "second"), release=release(version="1.0"))
+    for name in ("a b", "a/b", "..", "main", "x" * 65):
+        with pytest.raises(HubError, match="version .*: is "):
+            push(served, adapter, release=release(version=name))
+
+
+def test_a_branch_and_a_pull_request_leave_the_main_branch_as_it_is(served: Hub, adapter: Path) -> None:
+    first = push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    weights(adapter, "second")
+    branch = push(served, adapter, revision="trial")
+    assert (repo.at("trial").oid, repo.head.oid, branch.version) == (branch.commit, first.commit, "v2")
+    proposed = push(served, weights(adapter, "third"), pull_request=True)
+    assert proposed.pull_request == f"{served.url}/alice/mine/discussions/1"
+    assert (repo.at("refs/pr/1").oid, repo.head.oid) == (proposed.commit, first.commit)
+    assert "refs/tags/v3" not in repo.refs
+    with pytest.raises(HubError, match="leave the revision out"):
+        push(served, adapter, pull_request=True, revision="trial")
+    with pytest.raises(HubError, match="revision 'v1' is a tag"):
+        push(served, adapter, revision="v1")
+    with pytest.raises(HubError, match="nothing to make a pull request to"):
+        push(served, adapter, "new", pull_request=True)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "words"),
+    [
+        ("my model", ALICE, "holds a space"),
+        ("a/b/c", ALICE, "more than one slash"),
+        ("datasets/alice/x", ALICE, "is that of a dataset"),
+        ("a..b", ALICE, "holds '..'"),
+        ("m" * 200, ALICE, "characters long"),
+        ("modèle", ALICE, "holds 'è'"),
+        ("readers/mine", ALICE, "alice may not write; you may write to: alice, acme"),
+        ("bob/mine", ALICE, "alice may not write"),
+        ("mine", READER, "may only read"),
+        ("mine", f"{MARK}gone", "invalid or has expired"),
+        ("mine", "", "no token of the Hub"),
+        ("taken", ALICE, "there is a dataset of this name"),
+        ("whole", ALICE, "holds a whole model, so an adapter cannot"),
+        ("open", ALICE, "is there already and is public"),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_before_anything_is_sent(
+    served: Hub, adapter: Path, repo_id: str, token: str, words: str
+) -> None:
+    served.add_repo("alice/taken", kind="datasets")
+    served.add_repo("alice/whole", {"config.json": "{}"}, kind="models", private=True)
+    served.add_repo("alice/open", kind="models")
+    with pytest.raises(HubError) as found:
+        push(served, adapter, repo_id, token=token)
+    assert words in str(found.value) and MARK not in str(found.value)
+    assert {seen.method for seen in served.requests if seen.path != "/api/repos/create"} <= {"GET"}
+    assert not any(seen.path == "/api/repos/create" for seen in served.requests)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/api/repos/create", 403, "does not allow it"),
+        ("POST", "/api/repos/create", 409, "changed by someone else"),
+        ("POST", "/preupload/", 401, "does not accept the token"),
+        ("PUT", "/cdn/", 400, "A fault that the test asked for"),
+        ("POST", "/commit/", 429, "asks to wait"),
+        ("POST", "/commit/", 503, "fault of its own (status 503)"),
+        ("POST", "/tag/", 500, "was pushed as commit"),
+    ],
+)
+def test_a_fault_publishes_nothing_and_pushing_again_ends_it(
+    served: Hub, adapter: Path, method: str, path: str, status: int, words: str
+) -> None:
+    served.faults.append((method, path, status))
+    with pytest.raises(HubError) as found:
+        push(served, adapter)
+    assert words in str(found.value) and MARK not in str(found.value)
+    tagging = path == "/tag/"
+    assert all(len(repo.commits) == 1 + tagging for repo in served.repos.values())
+    served.faults.clear()
+    push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    assert len(repo.commits) == 2 and repo.refs["refs/tags/v1"] == repo.head.oid
+
+
+@pytest.mark.parametrize("status", [0, 500, 503, 429])
+def test_what_the_client_tries_again_is_not_noticed(served: Hub, adapter: Path, status: int) -> None:
+    served.once += [("PUT", "/cdn/", status)] * 2
+    assert push(served, adapter).changed and served.once == []
+
+
+def test_a_connection_cut_at_the_commit_is_told_and_what_was_sent_is_not_sent_again(served: Hub, adapter: Path) -> None:
+    served.once.append(("POST", "/commit/", 0))
+    with pytest.raises(HubError, match="connection broke"):
+        push(served, adapter)
+    served.requests.clear()
+    assert push(served, adapter).changed
+    assert not any(seen.method == "PUT" for seen in served.requests)
+
+
+def test_a_commit_in_between_is_gone_around_once_where_it_changes_nothing_of_ours(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+
+    def meanwhile(path: str, said: list[str]) -> Any:
+        def report(line: str) -> None:
+            if line.startswith("Sending") and not said:
+                said.append(line)
+                served.commit(repo, {path: "theirs"}, title="Meanwhile")
+
+        return report
+
+    assert push(served, weights(adapter, "second"), report=meanwhile("notes.txt", [])).version == "v2"
+    assert [commit.title for commit in repo.commits][2:] == ["Meanwhile", "v2: adapter"]
+    assert served.read(repo, "notes.txt") == b"theirs"
+    with pytest.raises(HubError, match=r"has changed since|as no push from here"):
+        push(served, weights(adapter, "third"), report=meanwhile("README.md", []))
+    assert repo.head.title == "Meanwhile"
+
+
+def test_what_arrived_damaged_is_told(served: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_commit = served.add_commit
+
+    def damaging(repo: Any, ref: str, files: Any, gone: Any, **named: Any) -> Any:
+        wrong = {"tokenizer.json": served.store("tokenizer.json", "[]")} if "tokenizer.json" in files else {}
+        return add_commit(repo, ref, {**files, **wrong}, gone, **named)
+
+    monkeypatch.setattr(served, "add_commit", damaging)
+    with pytest.raises(HubError, match=r"holds other bytes than were sent in tokenizer\.json"):
+        push(served, adapter)
+    assert "refs/tags/v1" not in served.repo("alice/mine", "models").refs
+
+
+def test_links_out_of_the_folder_and_folders_without_a_model_are_refused(
+    served: Hub, adapter: Path, tmp_path: Path
+) -> None:
+    (adapter / "tokenizer.json").unlink()
+    (adapter / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(HubError, match="is a link to a place outside"):
+        push(served, adapter)
+    with pytest.raises(HubError, match=r"has no adapter_config\.json, adapter_model\.safetensors"):
+        push(served, tmp_path / "nothing")
+    assert not served.requests
