@@ -1,9 +1,11 @@
 """Loss curves and LoRA beside QLoRA as PNG: the Hub shows no SVG of a repository. Drawn with Pillow, which gradio brings."""
 
+import bisect
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -85,6 +87,11 @@ def _mean(values: dict[int, float]) -> float | None:
 # -- drawing
 
 
+@cache
+def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * SCALE)
+
+
 class _Sheet:
     """A picture in card pixels."""
 
@@ -104,19 +111,17 @@ class _Sheet:
         self._draw.rectangle([left * SCALE, top * SCALE, right * SCALE, bottom * SCALE], fill=colour)
 
     def text(self, x: float, y: float, text: str, *, size: float = 12, anchor: str = "la", colour: str = INK) -> None:
-        self._draw.text(
-            (x * SCALE, y * SCALE), text, fill=colour, font=ImageFont.load_default(size * SCALE), anchor=anchor
-        )
+        self._draw.text((x * SCALE, y * SCALE), text, fill=colour, font=_font(size), anchor=anchor)
 
     def width(self, text: str, size: float = 12) -> float:
-        return self._draw.textlength(text, font=ImageFont.load_default(size * SCALE)) / SCALE
+        return self._draw.textlength(text, font=_font(size)) / SCALE
 
     def fitted(self, text: str, width: float) -> str:
         """The text, or as much of its beginning as the width holds."""
         if self.width(text) <= width:
             return text
-        most = next(n for n in range(len(text) - 1, -1, -1) if self.width(text[:n] + "…") <= width or n == 0)
-        return text[:most] + "…"
+        most = bisect.bisect_right(range(len(text)), width, key=lambda letters: self.width(text[:letters] + "…")) - 1
+        return text[: max(0, most)] + "…"
 
     def png(self) -> bytes:
         """The same picture gives the same bytes, so that a push without a change is none."""
