@@ -161,6 +161,12 @@ def test_the_benchmark_of_memory_sets_the_estimate_beside_what_was_measured(tmp_
     assert run_benchmark("memory.py", "--compare", str(out), folder=tmp_path) == printed
 
 
+def test_the_benchmark_of_adapters_compares_two_and_tells_seconds_and_memory(tmp_path: Path) -> None:
+    printed = run_benchmark("adapters.py", "--shape", "tiny", "--rank", "8", folder=tmp_path)
+    assert "tiny, rank 8, all linear layers" in printed and "14 modules, cosine 0.91" in printed
+    assert "compared: " in printed and "peak of the process: " in printed
+
+
 def test_every_example_is_listed_in_their_readme() -> None:
     told = (EXAMPLES / "README.md").read_text()
     files = [path for kind in ("*.py", "*.yaml", "*.jsonl") for path in EXAMPLES.rglob(kind)]
