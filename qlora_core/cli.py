@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import cli_compare, cli_data, cli_estimate, combining, events, jobs, queue
+from qlora_core import cli_compare, cli_data, cli_estimate, cli_hub, combining, events, jobs, queue
 from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
 from qlora_core.differences import run_differences
@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     cli_data.add_commands(commands, common)
     cli_estimate.add_commands(commands, common)
     cli_compare.add_commands(commands, common)
+    cli_hub.add_commands(commands, common)
 
     command = commands.add_parser("train", parents=[common], help="train a run and follow it; Ctrl-C stops and saves")
     command.add_argument("--config", type=Path, help="YAML of settings; options win over it")

@@ -20,11 +20,9 @@ from qlora_core.data.inspected import inspect_into, near_duplicates
 from qlora_core.data.inspection import DatasetReport, inspect
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.preparation import Preparation
-from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.data.preparing import prepare
 from qlora_core.data.rows import Problem
-from qlora_core.errors import DatasetError, HubError
-from qlora_core.hub import push_dataset
+from qlora_core.errors import DatasetError
 from qlora_core.settings import Settings
 
 
@@ -49,15 +47,6 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)
     add_options(command, Preparation)
     command.set_defaults(command=_prepare)
-
-    command = commands.add_parser(
-        "push", parents=[common], help="push a prepared dataset to the Hub, private by default"
-    )
-    command.add_argument("folder", type=Path, metavar="DIR", help="folder of a prepared dataset")
-    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it is not there, private")
-    command.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
-    command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)
-    command.set_defaults(command=_push)
 
 
 def _token(options: argparse.Namespace) -> str | None:
@@ -195,27 +184,4 @@ def _prepare(options: argparse.Namespace, settings: Settings) -> int:
     )
     for step, counts in made.lineage["steps"].items():
         print(f"  {step}: {', '.join(f'{what} {value}' for what, value in counts.items()) or 'nothing'}")
-    return 0
-
-
-def _push(options: argparse.Namespace, settings: Settings) -> int:
-    reporter, token = jobs.Reporter(_Bar()), _token(options)
-    if not (options.folder / LINEAGE).is_file():
-        raise DatasetError(f"{options.folder}: is no prepared dataset; make one with `python -m qlora_core prepare`")
-    if not token:
-        raise HubError("no token for the Hub; run `hf auth login`, or set HF_TOKEN, with write permission")
-    lineage = PreparedSet.load(options.folder).lineage
-    pushed = push_dataset(
-        options.folder,
-        options.repo_id,
-        token=token,
-        private=not options.public,
-        commit_message=f"{lineage['name']}, version {lineage['version']}",
-        report=reporter,
-    )
-    result = {"url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}
-    reporter.end(jobs.DONE, result=result)
-    print_json(result) if options.json else print(
-        pushed.url if pushed.changed else f"{pushed.url}: nothing has changed"
-    )
     return 0

@@ -81,15 +81,16 @@ class ModelPush:
     def contents(self) -> dict[str, Content]:
         """What is sent besides the record. Raises HubError where something of it is missing or leads elsewhere."""
         what = self.release.what
-        found: dict[str, Content] = dict(chosen(self.folder, self.allow or ALLOWED[what]))
+        found = {**chosen(self.folder, self.allow or ALLOWED[what]), **self.files}
         missing = [pattern for pattern in NEEDED[what] if not any(Path(name).match(pattern) for name in found)]
         if missing:
             raise HubError(
                 f"{str(self.folder)!r}: has no {', '.join(missing)}, so it is no {what} that could be pushed"
             )
-        wrong = [name for name in self.files if name in found or name == RECORD or not _is_plain(name)]
-        assert not wrong, f"files beside the model have names of their own: {wrong}"
-        return found | dict(self.files)
+        assert RECORD not in found and all(map(_is_plain, found)), (
+            "the record is written here, and all below the folder"
+        )
+        return found
 
     def plan(self) -> PushPlan:
         return self._planned(self.contents())[0]

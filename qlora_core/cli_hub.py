@@ -1,0 +1,151 @@
+"""`push`, `versions` and `rollback` of the command line: a run, or a prepared dataset, to the Hub. Prints; decides nothing."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+
+from qlora_core import hub, jobs, publishing
+from qlora_core.cli_options import print_json
+from qlora_core.data.locate import LINEAGE
+from qlora_core.data.prepared_set import PreparedSet
+from qlora_core.errors import HubError, RunError
+from qlora_core.runs import RunStore
+from qlora_core.settings import Settings
+
+FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force")
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "push", parents=[common], help="push a run's model, or a prepared dataset, to the Hub, private by default"
+    )
+    command.add_argument(
+        "source", metavar="RUN|DIR", help="id of a run or its beginning, or folder of a prepared dataset"
+    )
+    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it is not there, private")
+    command.add_argument("--what", choices=publishing.WHAT, help="of a run, default adapter")
+    command.add_argument("--onto", choices=("original", "dequantized"), help="of merged: as for the command merge")
+    audience = command.add_mutually_exclusive_group()
+    audience.add_argument("--private", action="store_true", help="for nobody else to see (the default)")
+    audience.add_argument("--public", action="store_true", help="for everybody to see")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--revision", metavar="BRANCH", help="a branch of a model, made if it is not there")
+    where.add_argument("--pull-request", action="store_true", help="propose the change instead of making it")
+    command.add_argument("--version", help="tag of a model's version, default the next of v1, v2, …")
+    command.add_argument(
+        "--force", action="store_true", help="over a much better version, and over what others changed there"
+    )
+    command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)  # jobs of the page
+    command.set_defaults(command=_push)
+
+    command = commands.add_parser("versions", parents=[common], help="versions of a model on the Hub")
+    command.add_argument("repo_id", metavar="OWNER/NAME")
+    command.set_defaults(command=_versions)
+
+    command = commands.add_parser("rollback", parents=[common], help="a new commit on the Hub with an earlier version")
+    command.add_argument("repo_id", metavar="OWNER/NAME")
+    command.add_argument("version")
+    command.set_defaults(command=_rollback)
+
+
+def _token(options: argparse.Namespace) -> str:
+    """Of a page's job through its pipe; else that of `hf auth login` or HF_TOKEN."""
+    token = sys.stdin.read().strip() if getattr(options, "token_from_stdin", False) else get_token()
+    if not token:
+        raise HubError("no token for the Hub; run `hf auth login`, or set HF_TOKEN, with write permission")
+    return token
+
+
+def _push(options: argparse.Namespace, settings: Settings) -> int:
+    reporter = jobs.Reporter(lambda progress: print(progress.doing, file=sys.stderr))
+    folder = Path(options.source).expanduser()
+    if (folder / LINEAGE).is_file():
+        result = _push_dataset(folder, options, reporter)
+    elif folder.is_dir() or "/" in options.source:
+        raise HubError(
+            f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run"
+        )
+    else:
+        result = _push_run(options, settings, reporter)
+    reporter.end(jobs.DONE, result=result)
+    if options.json:
+        print_json(result)
+    elif not result["changed"]:
+        print(f"{result['url']}: nothing has changed")
+    else:
+        print(result.get("pull_request") or result["url"])
+    proof = result.get("proof")
+    if proof and proof["state"] != "proven":
+        told = proof.get("reason") or "its logits differ from those of the model here"
+        print(f"pushed as commit {result['commit'][:8]}, but not proven: {told}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _push_dataset(folder: Path, options: argparse.Namespace, report: jobs.Reporter) -> dict[str, Any]:
+    if given := [f"--{name.replace('_', '-')}" for name in FOR_MODELS if getattr(options, name)]:
+        raise HubError(f"{', '.join(given)}: only for runs; {folder} is a prepared dataset")
+    lineage = PreparedSet.load(folder).lineage
+    pushed = hub.push_dataset(
+        folder,
+        options.repo_id,
+        token=_token(options),
+        private=not options.public,
+        commit_message=f"{lineage['name']}, version {lineage['version']}",
+        report=report,
+    )
+    return {"url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}
+
+
+def _push_run(options: argparse.Namespace, settings: Settings, report: jobs.Reporter) -> dict[str, Any]:
+    run = RunStore(settings).get(options.source)
+    how = publishing.Publication(
+        what=options.what or "adapter",
+        private=not options.public,
+        revision=options.revision,
+        pull_request=options.pull_request,
+        version=options.version or "",
+        force=options.force,
+        onto=options.onto,
+    )
+    if how.onto and how.what == "adapter":
+        raise RunError("--onto: only for --what merged; an adapter is not merged")
+    push = publishing.prepare(run, options.repo_id, how, token=_token(options), report=report)
+    planned = push.plan()
+    print("\n".join(planned.sentences()), file=sys.stderr)
+    return publishing.publish(run, push, planned)
+
+
+def _versions(options: argparse.Namespace, settings: Settings) -> int:
+    found = hub.versions(options.repo_id, get_token())
+    if options.json:
+        print_json({"versions": [asdict(version) for version in found]})
+        return 0
+    for version in found:
+        release = version.release
+        said = (
+            f"{release.what:8} {_metrics(release)}  rows {release.dataset_fingerprint[:8]}"
+            if release
+            else "not made here"
+        )
+        print(f"{'*' if version.current else ' '} {version.version:10} {version.commit[:8]}  {said}")
+    if not found:
+        print("no versions yet")
+    return 0
+
+
+def _metrics(release: hub.Release) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items()) or "no metrics"
+
+
+def _rollback(options: argparse.Namespace, settings: Settings) -> int:
+    back = hub.rollback(options.repo_id, options.version, _token(options))
+    if options.json:
+        print_json(asdict(back))
+    else:
+        print(f"{back.url}: {'is at' if back.changed else 'was at'} {back.version}, commit {back.commit[:8]}")
+    return 0

@@ -1,0 +1,126 @@
+"""A trained run to a Hub on loopback by the command line: card, record, proof, versions; and where the token is not."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers import ROOT
+from hub_server import Hub, hub
+from tiny_models import make_run, train_here
+
+from qlora_core.publishing import published
+from qlora_core.runs import Run
+
+MARK = "hf_SECRETMARKER"
+ALICE = f"{MARK}alice"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train_here(make_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with hub(tmp_path_factory.mktemp("hub")) as found:
+        found.add_user("alice")
+        found.add_token("alice", text=ALICE)
+        yield found
+
+
+def lab(served: Hub, run: Run, *arguments: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
+    names = {"HF_ENDPOINT": served.url, "HF_HOME": str(run.settings.home.parent / "hf"), "HF_TOKEN": token}
+    names |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    names |= {"QLORA_LAB_HOME": str(run.settings.home), "QLORA_LAB_LOCKS": str(run.settings.locks)}
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_core", *arguments],
+        env=os.environ | names,
+        capture_output=True,
+        text=True,
+        cwd=run.settings.home,
+    )
+
+
+def said(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(served: Hub, run: Run) -> None:
+    done = lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--json")
+    entry = said(done)
+    assert entry["proof"]["state"] == "proven", entry["proof"]
+    assert entry["proof"]["largest_difference"] == 0 and entry["proof"]["rows"] == 3
+    assert "alice/tiny: is made, private" in done.stderr
+    assert published(run) == [entry] and (entry["version"], entry["changed"]) == ("v1", True)
+    repo = served.repo("alice/tiny", "models")
+    assert {"README.md", "adapter_model.safetensors", "tokenizer.json", "release.json"} <= repo.head.files.keys()
+    assert not any(name.endswith((".pt", ".jsonl", ".txt")) for name in repo.head.files)
+    record = json.loads(served.read(repo, "release.json"))
+    (last,) = [e["loss"] for e in run.result()["train_info"]["eval_losses"] if e["step"] == 6]  # type: ignore[index]
+    assert record["metrics"]["eval_loss"] == last and record["eval_fingerprint"] == run.dataset().eval_fingerprint
+    assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--json"))["changed"]
+    # A version that was twice as good is there now.
+    better = record | {"version": "v2", "metrics": {"eval_loss": last / 2}}
+    repo.refs["refs/tags/v2"] = served.commit(repo, {"release.json": json.dumps(better), "tokenizer.json": "{}"}).oid
+    refused = lab(served, run, "push", run.run_id, "--repo-id", "tiny")
+    assert refused.returncode == 2 and "100.0% worse" in refused.stderr and "Traceback" not in refused.stderr
+    listed = said(lab(served, run, "versions", "alice/tiny", "--json"))["versions"]
+    assert [(v["version"], v["current"]) for v in listed] == [("v2", True), ("v1", False)]
+    assert said(lab(served, run, "rollback", "alice/tiny", "v1", "--json"))["changed"]
+    assert json.loads(served.read(repo, "release.json"))["version"] == "v1"
+
+
+def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run) -> None:
+    entry = said(lab(served, run, "push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--json"))
+    assert entry["proof"]["state"] == "proven", entry["proof"]
+    repo = served.repo("alice/whole", "models")
+    assert not repo.private and {"config.json", "model.safetensors", "README.md"} <= repo.head.files.keys()
+
+
+def test_what_does_not_load_there_is_pushed_but_not_proven(
+    served: Hub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = served.content
+
+    def damaged(file: Any) -> bytes:
+        content = resolve(file)
+        return content.replace(b'"r": 4', b'"r": 5') if b'"peft_type"' in content else content
+
+    monkeypatch.setattr(served, "content", damaged)
+    done = lab(served, run, "push", run.run_id, "--repo-id", "damaged", "--json")
+    entry = json.loads(done.stdout)
+    assert done.returncode == 1 and "not proven" in done.stderr
+    assert entry["proof"]["state"] == "failed" and "adapter_config.json" in entry["proof"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "words"),
+    [
+        (["RUN", "--repo-id", "a b"], ALICE, "holds a space"),
+        (["RUN", "--repo-id", "tiny2"], f"{MARK}gone", "invalid or has expired"),
+        (["nothing", "--repo-id", "tiny2"], ALICE, "there is no run 'nothing'"),
+        (["./nowhere", "--repo-id", "tiny2"], ALICE, "is no prepared dataset"),
+        (["RUN", "--repo-id", "tiny2", "--onto", "original"], ALICE, "only for --what merged"),
+    ],
+)
+def test_a_mistake_is_one_sentence(served: Hub, run: Run, arguments: list[str], token: str, words: str) -> None:
+    named = [run.run_id if argument == "RUN" else argument for argument in arguments]
+    done = lab(served, run, "push", *named, token=token)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert MARK not in done.stdout + done.stderr and ("models", "alice/tiny2") not in served.repos
+
+
+def test_the_token_is_in_no_file_and_nothing_pushed_tells_of_this_machine(served: Hub, run: Run) -> None:
+    assert len(published(run)) >= 2 and ("models", "alice/tiny") in served.repos, "the tests before have pushed"
+    assert MARK not in json.dumps(published(run))
+    written = [path for root in (run.settings.home.parent, served.objects.parent) for path in root.rglob("*")]
+    assert len(written) > 30
+    assert [path for path in written if path.is_file() and MARK.encode() in path.read_bytes()] == []
+    here = str(run.settings.home.parent).encode()
+    assert [path for path in served.objects.iterdir() if here in path.read_bytes()] == []
+    assert not list(run.path.glob(".proof-*"))
