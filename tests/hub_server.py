@@ -1,6 +1,7 @@
 """A Hub on loopback for tests: the HTTP protocol that huggingface_hub 2.4.0 speaks, with LFS. Knows nothing of the app.
 
-Clients find it by `HF_ENDPOINT=hub.url` (read when they are imported) and need `HF_HUB_DISABLE_XET=1`. LFS files come from
+Clients find it by `HF_ENDPOINT=hub.url` (read when they are imported); they upload by LFS with `HF_HUB_DISABLE_XET=1`, else by
+Xet, and download over HTTP either way. LFS files come from
 and go to another origin, `hub.cdn_url`, as on the true Hub; `hub.requests` tells whether a token went there.
 """
 
@@ -10,6 +11,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from urllib.parse import parse_qs, unquote
 import uvicorn
 import yaml
 from hub_state import Commit, File, Refused, Repo, State, Token, is_lfs
+from hub_xet import XetStore
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -84,6 +87,7 @@ class Hub(State):
         super().__init__(folder)
         self.url, self.cdn_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         self.requests: list[Seen] = []
+        self.xet = XetStore(folder.resolve() / "xet")
         self.faults: list[tuple[str, str, int]] = []
         self.once: list[tuple[str, str, int]] = []  # as `faults`, each for one request; status 0 cuts the connection
         self.stop: Callable[[], None] = lambda: None
@@ -241,6 +245,12 @@ class Hub(State):
             raise Refused(404, "Object not found")
         return JSONResponse({})
 
+    @endpoint("GET", "/api/{repo}/xet-write-token/{revision}", write=True)
+    def xet_write_token(self, call: Call, repo: Repo, revision: str) -> Response:
+        token = {"casUrl": self.xet.new_url(), "accessToken": "of-the-store", "exp": int(time.time()) + 3600}
+        names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+        return JSONResponse(token, 200, {header: str(token[name]) for name, header in names.items()})
+
     @endpoint("POST", "/api/{repo}/commit/{revision}", write=True)
     def make_commit(self, call: Call, repo: Repo, revision: str) -> Response:
         files: dict[str, File] = {}
@@ -254,7 +264,8 @@ class Hub(State):
             elif key == "file":
                 files[value["path"]] = self.store(value["path"], base64.b64decode(value["content"]))
             elif key == "lfsFile":
-                if not (path := self.objects / value["oid"]).exists():
+                path = self.objects / value["oid"]
+                if not path.exists() and not self.xet.fetch(value["oid"], value.get("size"), path):
                     raise Refused(400, f"LFS object {value['oid']} of {value['path']} was not uploaded")
                 files[value["path"]] = self.file_of(value["path"], value["oid"], path.stat().st_size, lfs=True)
             elif key == "deletedFile":

@@ -10,6 +10,7 @@ from hub_server import Hub, hub
 
 from qlora_core.errors import HubError
 from qlora_core.hub import PushedModel, PushPlan, Release, plan_push, push_model, rollback, versions
+from qlora_core.hub.arrived import download
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -96,6 +97,26 @@ def test_a_push_makes_a_private_repository_with_what_belongs_there_in_one_commit
     assert (record["version"], record["git_commit"], record["dataset_fingerprint"]) == ("v1", "c0ffee", "data")
     assert record["metrics"] == {"eval_loss": 2.0} and set(record["files"]) == SENT - {"release.json"}
     assert {seen.authorization for seen in served.requests if seen.host.startswith("localhost")} == {None}
+
+
+def test_with_xet_the_same_arrives(served: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    first = push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    assert not any(seen.path.endswith("/objects/batch") for seen in served.requests)
+    assert any("/xet-write-token/" in seen.path for seen in served.requests)
+    assert served.read(repo, "adapter_model.safetensors") == b"weights, first"
+    assert served.read(repo, "images/loss.png") == b"\x89PNG"
+    assert not push(served, adapter).changed
+    assert push(served, weights(adapter, "second")).version == "v2"
+    assert served.read(repo, "adapter_model.safetensors") == b"second"
+    (cache := tmp_path / "cache").mkdir()
+    found = download(first, cache, token=ALICE, endpoint=served.url)
+    assert (found / "adapter_model.safetensors").read_bytes() == b"weights, first"
+    assert rollback("mine", "v1", ALICE, endpoint=served.url).changed
+    assert served.read(repo, "adapter_model.safetensors") == b"weights, first"
 
 
 def test_pushing_again_makes_no_commit_and_no_version(served: Hub, adapter: Path) -> None:
