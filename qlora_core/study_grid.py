@@ -196,7 +196,7 @@ def cells(
     another row order: what differs between equal settings. Raises ConfigError with all problems.
     """
     seeds = list(seeds) or [config.seed]
-    problems = _problems(vary, seeds)
+    problems = grid_problems(vary, seeds)
     if problems:
         raise ConfigError(*problems)
     found, known = [], set()
@@ -238,7 +238,8 @@ def _cell(role: str, varied: dict[str, Any], arm: TrainConfig, name: str, **seed
     return Cell(role, varied, seeds["seed"], replace(arm, **seeds, name=title))
 
 
-def _problems(vary: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[str]:
+def grid_problems(vary: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> list[str]:
+    """A sentence for each setting that cannot be varied, or not so."""
     known, problems = {spec.name for spec in fields(TrainConfig)}, []
     for field, values in vary.items():
         if field not in known:

@@ -17,6 +17,7 @@ from helpers import (
     CHATML,
     ROOT,
     alpaca,
+    held_by_another_process,
     model_folder,
     run_in,
     say,
@@ -143,9 +144,12 @@ def built(kind, *arguments):
 # Endpoints
 
 
-def test_the_api_shows_the_five_endpoints_and_no_other(lab):
+def test_the_api_shows_its_endpoints_and_no_other(lab):
     named = lab[0].view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(named) == {"/inspect_dataset", "/start_run", "/run_status", "/stop_run", "/list_runs"}
+    studies = {"start_study", "study_status", "study_results", "stop_study", "resume_study", "list_studies"}
+    assert set(named) == {
+        f"/{name}" for name in {"inspect_dataset", "start_run", "run_status", "stop_run", "list_runs"} | studies
+    }
 
 
 def test_inspect_dataset_lists_every_bad_line(lab, tmp_path):
@@ -189,6 +193,24 @@ def test_a_run_starts_once_and_finishes_and_torch_stays_out_of_the_app(lab, rows
     listed = client.predict(api_name="/list_runs")["runs"]
     assert [run["run_id"] for run in listed].count(first["run_id"]) == 1
     assert not ask()
+
+
+def test_a_study_is_started_once_stopped_and_told_by_a_client(lab, rows):
+    client, ask, folder = lab
+    config, file, asked = tiny_config(), handle_file(str(rows)), {"vary": {"rank": [2, 4]}, "name": "ranks"}
+    (folder / "home" / "locks").mkdir(parents=True, exist_ok=True)
+    with held_by_another_process(folder / "home" / "locks" / "cpu.lock"):
+        first = client.predict(config=config, file=file, study=asked, api_name="/start_study")
+        again = client.predict(config=config, file=file, study=asked, api_name="/start_study")
+        assert first["study_id"] == again["study_id"] and (first["state"], first["total"]) == ("queued", 2)
+        assert "are stopping" in client.predict(study_id=first["study_id"], api_name="/stop_study")["detail"]
+    assert client.predict(study_id=first["study_id"], api_name="/study_status")["state"] == "stopped"
+    found = client.predict(study_id=first["study_id"], api_name="/study_results")
+    assert [run["label"] for run in found["runs"]] == ["rank 2", "rank 4"] and found["verdicts"]
+    assert [study["name"] for study in client.predict(api_name="/list_studies")["studies"]] == ["ranks"] and not ask()
+    with pytest.raises(AppError) as told:
+        client.predict(config=config, file=file, study={"vary": {"rank": 2}, "x": 1}, api_name="/start_study")
+    assert "study: x is not known" in str(told.value) and "vary is" in str(told.value)
 
 
 def test_stop_takes_a_waiting_run_out_of_the_queue(lab, rows):

@@ -9,7 +9,8 @@ from qlora_core.errors import LabError, RunError
 from qlora_core.run_status import ACTIVE, FINISHED
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
-from qlora_core.studies import Study, StudyStore
+from qlora_core.studies import StudyStore
+from qlora_core.study import Study
 from qlora_core.study_charts import AXES, SMOOTHINGS
 from qlora_core.study_status import StudyStatus
 from qlora_core.ui import run_view, study_found, study_view
@@ -20,6 +21,7 @@ from qlora_core.ui.study_form import StudyForm
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.words import problems_panel
 
+WAITING = "Memory, step time and loss stand here when the first run has finished."
 WRITING = '<p class="lab-hint" role="status">Writing the report …</p>'
 # The address names the study while this tab is open, so that a reload and a shared link show it again. Until the page has asked
 # which one its address names, it stays as it is.
@@ -45,9 +47,7 @@ class CompareTab:
         self.selected = gr.Textbox(NOT_ATTACHED, visible="hidden", elem_id="selected-study", label="selected study")
         self.cursor = gr.State({})
         self.form = StudyForm(settings, train)
-        with gr.Accordion(
-            "Compare runs that have finished", open=False, visible=False, elem_id="study-pick"
-        ) as self.picking:
+        with gr.Accordion("Compare runs that have finished", open=False, elem_id="study-pick"):
             # Custom values: a run that was deleted meanwhile stays chosen, and Compare says so.
             self.picked = gr.Dropdown(
                 [],
@@ -78,8 +78,9 @@ class CompareTab:
             self.with_runs = _button("Delete its runs too", "study-really-runs", variant="stop", visible=True)
             self.keep = _button("Keep it", "study-keep", visible=True)
         self.page_problem = gr.HTML("", elem_id="study-page-problem")
-        self.verdicts = gr.HTML("", css_template=study_found.VERDICTS_CSS, min_height=132, elem_id="study-verdicts")
-        self.first = gallery(elem_id="study-first")
+        self.verdict = gr.HTML("", css_template=study_found.VERDICTS_CSS, min_height=132, elem_id="study-verdict")
+        self.first = gallery(elem_id="study-first", empty=WAITING)
+        self.others = gr.HTML("", css_template=study_found.VERDICTS_CSS, elem_id="study-verdicts")
         with gr.Accordion("Runs", open=False, elem_id="study-runs-part"):
             self.runs = gr.HTML("", js_on_load=SELECT, elem_id="study-runs")
         with gr.Accordion("Loss curves", open=False, elem_id="study-curves-part") as self.curves_part:
@@ -103,8 +104,8 @@ class CompareTab:
     @property
     def outputs(self) -> list[gr.components.Component]:
         return [
-            self.cursor, self.selected, self.table, self.picking, self.picked, self.page, self.head, self.strip, self.stop,
-            self.resume, self.report, self.again, self.delete, self.verdicts, self.first, self.runs, self.curves_part,
+            self.cursor, self.selected, self.table, self.picked, self.page, self.head, self.strip, self.stop,
+            self.resume, self.report, self.again, self.delete, self.verdict, self.first, self.others, self.runs, self.curves_part,
             self.curves, self.more_part, self.more, self.weights_part, self.weights, self.answers_part, self.behaviour,
             self.answers,
         ]  # fmt: skip
@@ -182,7 +183,6 @@ class CompareTab:
         seen = {str(part._id): hash(value) for part, value in parts.items()}
         new = {name for name, mark in marks.items() if cursor.get(name) != mark}
         if "picked" in new:
-            changed[self.picking] = gr.Accordion(visible=len(marks["picked"]) > 1)
             changed[self.picked] = gr.Dropdown(choices=marks["picked"])
         if "page" in new:
             changed |= {self.page: gr.Column(visible=status is not None), **self._buttons(status)}
@@ -200,7 +200,8 @@ class CompareTab:
     def _results(self, status: StudyStatus) -> dict[Any, Any]:
         found = study_found.found(self._study(status), study_view.results_marker(status))
         return {
-            self.verdicts: found.verdicts,
+            self.verdict: found.verdict,
+            self.others: found.others,
             self.first: found.first,
             self.more: found.more,
             self.more_part: gr.Accordion(visible=bool(found.more)),

@@ -12,7 +12,7 @@ from qlora_core.errors import RunError
 from qlora_core.run_status import ACTIVE
 from qlora_core.runs import Run
 from qlora_core.settings import Settings
-from qlora_core.studies import Study
+from qlora_core.study import Study
 from qlora_core.ui import run_view
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.words import esc, size

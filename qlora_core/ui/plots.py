@@ -10,24 +10,38 @@ import plotly
 import plotly.graph_objects as go
 
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+# Where a page has a base, plotly names patterns and clips by the page's address, and loses them when that changes.
+WITHOUT_BASE = """
+const withoutBase = (work) => {
+  const base = document.querySelector('base[href]'), href = base?.getAttribute('href');
+  base?.removeAttribute('href');
+  try { return work(); } finally { base?.setAttribute('href', href); }
+};
+"""
 # The template never changes, so gradio leaves the drawing alone; the figure comes as the component's value.
-DRAW = """
+DRAW = (
+    WITHOUT_BASE
+    + """
 const target = element.querySelector('.lab-plot');
 const draw = () => {
   if (!props.value) return;
   const figure = JSON.parse(props.value);
-  window.Plotly.react(target, figure.data, figure.layout, { responsive: true, displaylogo: false });
+  withoutBase(() => window.Plotly.react(target, figure.data, figure.layout, { responsive: true, displaylogo: false }));
 };
 watch('value', draw);
 draw();
 // A tab that was hidden has no width while it is drawn.
 new ResizeObserver(() => { if (target.data && target.offsetWidth) window.Plotly.Plots.resize(target); }).observe(target);
 """
+)
 
 
 GALLERY_CSS = """
 .lab-gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 350px)), 1fr));
-  gap: 12px; }
+  gap: 12px; min-height: var(--height, 0); }
+.lab-gallery:empty::before { content: attr(data-empty); display: grid; place-items: center; color: var(--muted); font-size: .9rem;
+  border: 1px dashed var(--border-color-primary); border-radius: 10px; text-align: center; padding: 0 16px; }
+.lab-gallery:empty:not([data-empty]) { display: none; }
 .lab-figure { min-width: 0; display: flex; flex-direction: column; border: 1px solid var(--border-color-primary);
   border-radius: 10px; padding: 2px 4px 6px; background: var(--block-background-fill); }
 .lab-figure .tools { display: flex; justify-content: flex-end; align-items: center; gap: 6px; padding: 0 8px; margin-top: auto; }
@@ -36,12 +50,13 @@ GALLERY_CSS = """
 .lab-figure .tools button:hover { color: var(--body-text-color); border-color: var(--muted); }
 .lab-figure .tools select { margin-right: auto; min-width: 0; max-width: 60%; padding: 2px 6px; appearance: auto;
   border-radius: 6px; border: 1px solid var(--border-color-primary); background: var(--block-background-fill);
-  color: var(--body-text-color);
-  font-size: .8rem; }
+  color: var(--body-text-color); font-size: .8rem; }
 """
 # Figures come and go: each card has its place by its title, so that one that stays keeps its zoom and what was chosen in it. One
 # is drawn when it comes into sight, and a closed part of the page draws none.
-GALLERY = """
+GALLERY = (
+    WITHOUT_BASE
+    + """
 const target = element.querySelector('.lab-gallery');
 const touch = window.matchMedia('(pointer: coarse)').matches;
 const cards = new Map();
@@ -58,7 +73,8 @@ const draw = (card) => {
   // plotly writes into what it draws.
   const { data, layout } = JSON.parse(text);
   // On a touch screen a finger scrolls the page, not the figure.
-  window.Plotly.react(card.plot, data, touch ? { ...layout, dragmode: false } : layout, { responsive: true, displaylogo: false });
+  const shown = touch ? { ...layout, dragmode: false } : layout;
+  withoutBase(() => window.Plotly.react(card.plot, data, shown, { responsive: true, displaylogo: false }));
 };
 const picture = async (card, format) => {
   const { figure, file } = entry(card), seen = card.plot.layout || {};
@@ -68,8 +84,8 @@ const picture = async (card, format) => {
   for (const axis of Object.keys(seen).filter((name) => /^[xy]axis/.test(name)))
     layout[axis] = { ...layout[axis], range: seen[axis].range, autorange: seen[axis].autorange };
   const size = { width: Math.max(card.plot.offsetWidth, 640), height: figure.layout.height };
-  save(file + '.' + format, await window.Plotly.toImage({ data: figure.data, layout },
-    { format, scale: format === 'png' ? 2 : 1, ...size }));
+  const how = { format, scale: format === 'png' ? 2 : 1, ...size };
+  save(file + '.' + format, await withoutBase(() => window.Plotly.toImage({ data: figure.data, layout }, how)));
 };
 const table = ({ csv, file }) => {
   const href = URL.createObjectURL(new Blob([csv], { type: 'text/csv' }));
@@ -132,15 +148,19 @@ const update = () => {
 watch('value', update);
 update();
 """
+)
 
 
-def gallery(*, elem_id: str, least: int = 350) -> gr.HTML:
+def gallery(*, elem_id: str, least: int = 350, empty: str = "") -> gr.HTML:
     """Any number of figures beside each other, none narrower than `least` pixels where the page is as wide. Its value is JSON:
     [{title, entries: [{name, figure, csv, file}]}]: a card for each title; of several entries one is chosen, at first the last.
-    PNG and SVG are made from the figure; `file` is the name of what is saved, without its end."""
+    PNG and SVG are made from the figure; `file` is the name of what is saved, without its end. `empty` stands in the place of
+    figures that are yet to come."""
+    waiting = f' data-empty="{empty}"' if empty else ""
+    style = f"--least:{least}px" + (";--height:320px" if empty else "")
     return gr.HTML(
         "",
-        html_template=f'<div class="lab-gallery" style="--least:{least}px"></div>',
+        html_template=f'<div class="lab-gallery" style="{style}"{waiting}></div>',
         css_template=GALLERY_CSS,
         js_on_load=GALLERY,
         head=f'<script src="gradio_api/file={PLOTLY_JS}"></script>',

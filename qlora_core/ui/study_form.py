@@ -7,7 +7,7 @@ import gradio as gr
 
 from qlora_core.errors import LabError
 from qlora_core.settings import Settings
-from qlora_core.studies import Study, StudyStore, measured_paces
+from qlora_core.studies import measured_paces
 from qlora_core.study_grid import KINDS
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.study_plan import (
@@ -20,6 +20,7 @@ from qlora_core.ui.study_plan import (
     plan,
     plan_html,
     refused_html,
+    start_study,
     waiting_html,
 )
 from qlora_core.ui.train_tab import TrainTab
@@ -31,7 +32,7 @@ INTRODUCTION = hint(
 )
 LOOKING = "Looking at the rows and at the model’s layers …"
 MAKING = '<p class="lab-hint" role="status">Checking the dataset and making the runs …</p>'
-ANYTHING_ABOUT = "Every combination of the settings that you write below, one run each."
+ANYTHING_ABOUT = "every combination of the settings that you write below, one run each"
 # A study that was made stands further down the page.
 TO_THE_STUDY = """() => {
   if (!document.querySelector('#study-problem .lab-problems')) setTimeout(() =>
@@ -181,7 +182,8 @@ class StudyForm:
             config, facts = self.train.settings_and_facts(chosen, form, look=look)
         except LabError as error:
             raise type(error)(*error.problems, *asked.problems()) from None
-        return plan(asked, config, facts, measured_paces(self.settings)) if facts else None
+        wanted = asked.wanted()
+        return plan(wanted, config, facts, measured_paces(self.settings)) if facts else None
 
     # -- and its start
 
@@ -207,26 +209,8 @@ class StudyForm:
         yield "", study.study_id
 
 
-def start_study(found: StudyPlan, settings: Settings, *, skip: bool) -> Study:
-    """The study of this plan, queued; while such a one is under way, that one. Raises LabError."""
-    found.check_fits(skip=skip)
-    study = StudyStore(settings).create(
-        found.config,
-        found.vary,
-        seeds=found.seeds,
-        noise_floor=found.noise_floor,
-        kind=found.kind,
-        name=found.name,
-        only=found.estimate.fitting,
-    )
-    study.start()
-    return study
-
-
 def about(kind: str) -> str:
-    """One sentence of what is compared."""
-    text = KINDS[kind].about if kind in KINDS else ANYTHING_ABOUT.rstrip(".")
-    return f"{text[:1].upper()}{text[1:]}."
+    return KINDS[kind].about if kind in KINDS else ANYTHING_ABOUT
 
 
 def _plan_box(elem_id: str) -> gr.HTML:

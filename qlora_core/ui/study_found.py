@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from qlora_core.report.page import flat
 from qlora_core.report.tables import to_csv
 from qlora_core.run_status import ACTIVE
-from qlora_core.studies import Study
+from qlora_core.study import Study
 from qlora_core.study_charts import (
     BEHAVIOUR,
     COST,
@@ -69,9 +69,11 @@ ANSWERS_CSS = """
 
 @dataclass(frozen=True)
 class Found:
-    """HTML of verdicts and answers, and each part's figures as the value of `plots.gallery`, empty where there are none."""
+    """HTML of the practical verdict, of the others and of answers; each part's figures as the value of `plots.gallery`, empty
+    where there are none."""
 
-    verdicts: str
+    verdict: str
+    others: str
     first: str
     more: str
     weights: str
@@ -89,8 +91,10 @@ def found(study: Study, _marker: str) -> Found:
     first = [title for start in FIRST for title in figures if _begins(title, start)]
     more = [title for title in figures if title not in (*first, *CURVES)]
     of = results.name
+    practical, *others = verdicts(results)
     return Found(
-        verdicts=verdicts_html(verdicts(results)),
+        verdict=verdicts_html([practical], is_first=True),
+        others=verdicts_html(others),
         first=gallery_json({title: figures[title] for title in first}, of),
         more=gallery_json({title: figures[title] for title in more}, of),
         weights=gallery_json(parts.get(WEIGHTS, {}), of),
@@ -138,9 +142,9 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "figure"
 
 
-def verdicts_html(given: Sequence[Verdict]) -> str:
-    """The practical one first and biggest; each with how sure it is and what it rests on."""
-    items = "".join(_verdict(verdict, place == 0) for place, verdict in enumerate(given))
+def verdicts_html(given: Sequence[Verdict], *, is_first: bool = False) -> str:
+    """Each with how sure it is and what it rests on; the first one, which a person came for, is bigger."""
+    items = "".join(_verdict(verdict, is_first) for verdict in given)
     return f'<div class="verdicts">{items}</div>' if items else ""
 
 

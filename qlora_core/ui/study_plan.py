@@ -1,7 +1,7 @@
 """A study before it starts: what was typed -> its runs, what they need, how long they take, and the equal command line."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from qlora_core.errors import ConfigError
 from qlora_core.options import converted
 from qlora_core.planner.facts import Facts
 from qlora_core.planner.studying import Pace, StudyEstimate, estimate_study, fit_sentence
-from qlora_core.studies import GRID
-from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, sentence
+from qlora_core.settings import Settings
+from qlora_core.studies import StudyStore
+from qlora_core.study import GRID, Study
+from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, grid_problems, sentence
 from qlora_core.ui.form import command_line
 from qlora_core.ui.train_tab import what_stops
 from qlora_core.ui.words import duration, esc, problems_panel, size
@@ -33,6 +35,17 @@ PLAN_CSS = """
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A study that is asked for: `vary` holds all that varies, `noise_floor` None leaves it to the kind."""
+
+    kind: str
+    vary: dict[str, list[Any]]
+    seeds: list[int] = field(default_factory=list)
+    noise_floor: bool | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a person asks for, as it was typed; what is left empty is as the kind has it."""
 
@@ -44,27 +57,26 @@ class Asked:
     vary: str = ""
     name: str = ""
 
-    def values(self) -> tuple[dict[str, list[Any]], list[int], bool]:
-        """(what varies, seeds, noise floor). Raises ConfigError with all that is wrong."""
+    def wanted(self) -> Wanted:
+        """Raises ConfigError with all that is wrong."""
         problems: list[str] = []
-        kind = KINDS.get(self.kind)
-        vary = dict(kind.vary) if kind else {}
+        vary = dict(KINDS[self.kind].vary) if self.kind in KINDS else {}
         if "method" in vary and self.methods is not None:
             vary["method"] = list(self.methods)
             problems += [] if self.methods else ["Methods: none is chosen; choose LoRA, QLoRA or both"]
         if "rank" in vary and self.ranks.strip():
-            vary["rank"] = _tried(_whole_numbers, "Ranks", self.ranks, problems)
-        seeds = _tried(_whole_numbers, "Seeds", self.seeds, problems) or []
-        vary |= _tried(_settings, "Vary also", self.vary, problems) or {}
+            vary["rank"] = _whole_numbers("Ranks", self.ranks, problems)
+        seeds = _whole_numbers("Seeds", self.seeds, problems)
+        vary |= _settings("Vary also", self.vary, problems)
+        problems += grid_problems({name: values for name, values in vary.items() if values}, seeds)
         if problems:
             raise ConfigError(*problems)
-        floor = self.noise_floor if self.noise_floor is not None else bool(kind and kind.noise_floor)
-        return vary, seeds, floor
+        return Wanted(self.kind, vary, seeds, self.noise_floor, self.name)
 
     def problems(self) -> tuple[str, ...]:
         """All that is wrong with what was typed."""
         try:
-            self.values()
+            self.wanted()
         except ConfigError as error:
             return error.problems
         return ()
@@ -91,26 +103,41 @@ class StudyPlan:
         """Raises ConfigError where a run would not fit, unless the others are to be trained and some fit."""
         problems = self.estimate.problems()
         if not self.estimate.fitting:
-            raise ConfigError(*problems, "no run of the study fits the memory; lower what it needs on the Train tab")
+            raise ConfigError(*problems, "no run of the study fits the memory; lower what it needs")
         if problems and not skip:
-            raise ConfigError(
-                *problems, "lower what they need on the Train tab, or tick “Go on without runs that do not fit”"
-            )
+            raise ConfigError(*problems, "lower what they need, or go on without the runs that do not fit")
 
 
-def plan(asked: Asked, config: TrainConfig, facts: Facts, paces: Sequence[Pace]) -> StudyPlan:
-    """`config` and `facts` as the Train form has them. Raises ConfigError with all that is wrong."""
-    if problems := [*asked.problems(), *what_stops(facts)]:
+def plan(wanted: Wanted, config: TrainConfig, facts: Facts, paces: Sequence[Pace]) -> StudyPlan:
+    """`config` and `facts` as of a single run. Raises ConfigError with all that is wrong."""
+    if problems := what_stops(facts):
         raise ConfigError(*problems)
-    vary, seeds, floor = asked.values()
-    kind = asked.kind if asked.kind in KINDS else GRID
-    said = {name: values for name, values in vary.items() if kind == GRID or KINDS[kind].vary.get(name) != values}
-    notes = fill_notes(vary, facts.architecture) if facts.architecture else []
-    vary = filled(vary, facts.architecture) if facts.architecture else vary
-    name = asked.name.strip() or default_name(kind, config)
-    made = cells(config, vary, seeds=seeds, noise_floor=floor, name=name)
+    kind = KINDS.get(wanted.kind)
+    said = {name: values for name, values in wanted.vary.items() if kind is None or kind.vary.get(name) != values}
+    notes = fill_notes(wanted.vary, facts.architecture) if facts.architecture else []
+    vary = filled(wanted.vary, facts.architecture) if facts.architecture else wanted.vary
+    floor = wanted.noise_floor if wanted.noise_floor is not None else bool(kind and kind.noise_floor)
+    name = wanted.name.strip() or default_name(wanted.kind, config)
+    made = cells(config, vary, seeds=wanted.seeds, noise_floor=floor, name=name)
     estimate = estimate_study(facts, made, paces)
-    return StudyPlan(config, kind, vary, seeds, floor, name, made, estimate, said, notes)
+    named = wanted.kind if kind else GRID
+    return StudyPlan(config, named, vary, wanted.seeds, floor, name, made, estimate, said, notes)
+
+
+def start_study(found: StudyPlan, settings: Settings, *, skip: bool) -> Study:
+    """The study of this plan, queued; while such a one is under way, that one. Raises LabError."""
+    found.check_fits(skip=skip)
+    study = StudyStore(settings).create(
+        found.config,
+        found.vary,
+        seeds=found.seeds,
+        noise_floor=found.noise_floor,
+        kind=found.kind,
+        name=found.name,
+        only=found.estimate.fitting,
+    )
+    study.start()
+    return study
 
 
 def default_name(kind: str, config: TrainConfig) -> str:
@@ -118,40 +145,29 @@ def default_name(kind: str, config: TrainConfig) -> str:
     return f"{KINDS[kind].title if kind in KINDS else 'Study'}, {Path(config.data).stem.replace('_', ' ')}"
 
 
-def _tried(read: Callable[[str, str], Any], what: str, text: str, problems: list[str]) -> Any:
-    """The value; what is wrong joins the problems, so that all are told at once."""
-    try:
-        return read(what, text or "")
-    except ConfigError as error:
-        problems.extend(error.problems)
-        return None
-
-
-def _whole_numbers(what: str, text: str) -> list[int]:
+def _whole_numbers(what: str, text: str, problems: list[str]) -> list[int]:
+    """What is wrong joins the problems, so that all are told at once."""
     parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
     if wrong := [part for part in parts if not part.isdecimal()]:
-        raise ConfigError(f"{what}: {', '.join(wrong)} is no whole number; write them with commas between: 2, 4, 8")
-    return [int(part) for part in parts]
+        problems.append(f"{what}: {', '.join(wrong)} is no whole number; write them with commas between: 2, 4, 8")
+    return [int(part) for part in parts if part.isdecimal()]
 
 
-def _settings(what: str, text: str) -> dict[str, list[Any]]:
-    """ "rank = 4, 8" a line; in one value, + joins several names. Raises ConfigError with all that is wrong."""
-    found, problems = {}, []
+def _settings(what: str, text: str, problems: list[str]) -> dict[str, list[Any]]:
+    """ "rank = 4, 8" a line; in one value, + joins several names. What is wrong joins the problems."""
+    found = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         name, equals, values = line.partition("=")
         name = name.strip().lower().replace(" ", "_").replace("-", "_")
         options = [part.strip() for part in values.split(",") if part.strip()]
         if not equals or not options:
-            problems.append(
-                f"{what}: {line!r} has no values; write a setting and its values: learning_rate = 1e-4, 2e-4"
-            )
+            remedy = "write a setting and its values: learning_rate = 1e-4, 2e-4"
+            problems.append(f"{what}: {line!r} has no values; {remedy}")
             continue
         try:
             found[name] = [converted(TrainConfig, name, part.split("+") if "+" in part else part) for part in options]
         except ConfigError as error:
             problems += [f"{what}: {problem}" for problem in error.problems]
-    if problems:
-        raise ConfigError(*problems)
     return found
 
 

@@ -6,7 +6,8 @@ from functools import lru_cache
 from qlora_core.errors import LabError
 from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, RunStatus
 from qlora_core.settings import Settings
-from qlora_core.studies import PICKED, Study, StudyStore
+from qlora_core.studies import StudyStore
+from qlora_core.study import PICKED, Study
 from qlora_core.study_grid import KINDS
 from qlora_core.study_results import GONE, NONE
 from qlora_core.study_status import StudyStatus
@@ -45,6 +46,8 @@ STRIP_CSS = """
 .strip button:hover { border-color: var(--muted); } .strip button[disabled] { cursor: default; opacity: .75; }
 .strip .lab-chip { font-size: .86rem; }
 """
+_LEFT_OUT = '<span class="lab-hint">left out, would not fit</span>'
+_NO_FIGURES = '<td class="num">–</td>' * 3
 PICK = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-run]');
@@ -194,6 +197,7 @@ def _bar(status: StudyStatus) -> str:
 def strip_html(status: StudyStatus) -> str:
     """Each run as a button with its state, which leads to it. Changes when a state does, so that a focus stays."""
     items = "".join(_pill(label, run) for label, run in (*status.runs, (ANALYSIS, status.analysis)))
+    items += "".join(f"<button type='button' disabled>{esc(label)} {_LEFT_OUT}</button>" for label in status.left_out)
     return f'<div class="strip" role="group" aria-label="Runs of the study">{items}</div>'
 
 
@@ -208,6 +212,7 @@ def runs_html(status: StudyStatus) -> str:
     """Each run with its state and figures; its name leads to it."""
     heads = "".join(f'<th class="num">{name}</th>' for name in ("evaluation loss", "peak memory", "step time"))
     rows = "".join(_run_row(label, run) for label, run in (*status.runs, (ANALYSIS, status.analysis)))
+    rows += "".join(f"<tr><td>{esc(label)}</td><td>{_LEFT_OUT}</td>{_NO_FIGURES}</tr>" for label in status.left_out)
     return (
         f'<div class="lab-scroll"><table class="lab-table lab-runs"><thead><tr><th>run</th><th>state</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -217,7 +222,7 @@ def runs_html(status: StudyStatus) -> str:
 def _run_row(label: str, run: RunStatus | None) -> str:
     if run is None:
         told = "made at the end" if label == ANALYSIS else "gone"
-        return f"<tr><td>{esc(label)}</td><td>{told}</td>" + '<td class="num">–</td>' * 3 + "</tr>"
+        return f"<tr><td>{esc(label)}</td><td>{told}</td>{_NO_FIGURES}</tr>"
     figures = (
         ("evaluation loss", loss(run.eval_loss)),
         ("peak memory", memory(run)),
