@@ -84,9 +84,17 @@ class Analysis:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Analysis":
+        """What has learnt nothing is like nothing, so matrices and adapters of zeros are left out of the comparisons."""
         return cls(
-            similarity=tuple(found.get("similarity", ())),
-            updates=found.get("updates", {}),
+            similarity=tuple(
+                entry | {"modules": [module for module in entry["modules"] if module["cosine"] is not None]}
+                for entry in found.get("similarity", ())
+                if entry["overall"]["cosine"] is not None
+            ),
+            updates={
+                run_id: [module for module in modules if module["effective_rank"] is not None]
+                for run_id, modules in found.get("updates", {}).items()
+            },
             refused=tuple(found.get("refused", ())),
             quantisation=tuple(found.get("quantisation", ())),
             behaviour=found.get("behaviour"),

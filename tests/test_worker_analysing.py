@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import settings_in, write_rows
+from safetensors.torch import load_file, save_file
 from study_builders import study_run
 from tiny_models import dataset, model_folder, reset_accelerate, said, train_here
 
@@ -20,7 +21,9 @@ from qlora_core.merging import merge
 from qlora_core.run_status import CRASHED, FINISHED, QUEUED, STOPPED
 from qlora_core.runs import Run, RunStore, remove_from_queue
 from qlora_core.studies import Study, StudyStore
+from qlora_core.study_charts import figures
 from qlora_core.study_results import ARM, OTHER_ORDER, OTHER_SEED
+from qlora_core.verdicts import verdicts
 from qlora_core.worker import loading
 from qlora_core.worker.analysing import analyse
 from qlora_core.worker.behaviour import agreement, interval_of_mean, token_match
@@ -322,3 +325,25 @@ def test_an_interval_narrows_with_rows_and_holds_the_mean() -> None:
     few, many = (chance.normal(0.5, 0.1, count) for count in (8, 800))
     (low, high), (lower, higher) = interval_of_mean(few), interval_of_mean(many)
     assert low < few.mean() < high and lower < many.mean() < higher and higher - lower < (high - low) / 3
+
+
+def test_an_adapter_that_has_learnt_nothing_is_left_out_of_what_is_drawn_and_judged(tmp_path: Path) -> None:
+    vary = {"method": ["lora", "qlora"]}
+    study = train_all(study_in(tmp_path, vary, noise_floor=False, max_steps=1, learning_rate=1e-30))
+    for run in study.runs():  # a step of nothing, to the last bit
+        path = run.adapter / "adapter_model.safetensors"
+        save_file({n: t * (0 if "lora_B" in n else 1) for n, t in load_file(path).items()}, path, {"format": "pt"})
+    analyse_here(study)
+    results = study.results()
+    assert results.analysis.similarity == () and set(map(len, results.analysis.updates.values())) == {0}
+    assert figures(results) and verdicts(results)
+
+
+def test_double_quantisation_on_and_off_are_measured_apart(tmp_path: Path) -> None:
+    study = train_all(
+        study_in(tmp_path, {"double_quant": [True, False]}, noise_floor=False, method="qlora", max_steps=1)
+    )
+    analyse_here(study)
+    found = study.analysis_found().quantisation
+    types = [entry["type"] for entry in found if (entry["layer"], entry["module"]) == (0, "q_proj")]
+    assert types == ["nf4", "nf4, single quantisation"]

@@ -128,5 +128,7 @@ class StudyAnalysis(Training):
                 self.base.folder, config, device=self.device, dtype=hardware.DTYPES[self.dtype],
                 report=report, tell=lambda text: self.say(events.Note(text=text)),
             ):  # fmt: skip
+                if not config.double_quant and found["type"] != "int8":
+                    found["type"] += ", single quantisation"
                 measured.setdefault((found["layer"], found["module"], found["type"]), found)
         self.keep(quantisation=list(measured.values()))
