@@ -102,6 +102,10 @@ def publish(run: Run, push: ModelPush, agreed: hub.PushPlan | None) -> dict[str,
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
         pushed = push.run(agreed)
+        for entry in published(run):
+            same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
+            if same and not pushed.changed and entry["proof"]["state"] == "proven":
+                return {**entry, "changed": False}
         proof = prove(run, push, pushed)
         entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": proof}
         path = run.path / "published.json"

@@ -32,9 +32,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield found
 
 
-def lab(served: Hub, run: Run, *arguments: str, token: str = ALICE) -> subprocess.CompletedProcess[str]:
+def lab(
+    served: Hub, run: Run, *arguments: str, token: str = ALICE, xet: bool = False
+) -> subprocess.CompletedProcess[str]:
     names = {"HF_ENDPOINT": served.url, "HF_HOME": str(run.settings.home.parent / "hf"), "HF_TOKEN": token}
-    names |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
+    names |= {"HF_HUB_DISABLE_XET": "" if xet else "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
     names |= {"QLORA_LAB_HOME": str(run.settings.home), "QLORA_LAB_LOCKS": str(run.settings.locks)}
     return subprocess.run(
         [sys.executable, "-m", "qlora_core", *arguments],
@@ -64,6 +66,7 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     (last,) = [e["loss"] for e in run.result()["train_info"]["eval_losses"] if e["step"] == 6]  # type: ignore[index]
     assert record["metrics"]["eval_loss"] == last and record["eval_fingerprint"] == run.dataset().eval_fingerprint
     assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--json"))["changed"]
+    assert published(run) == [entry], "what was proven is not proven again"
     # A version that was twice as good is there now.
     better = record | {"version": "v2", "metrics": {"eval_loss": last / 2}}
     repo.refs["refs/tags/v2"] = served.commit(repo, {"release.json": json.dumps(better), "tokenizer.json": "{}"}).oid
@@ -76,7 +79,11 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
 
 
 def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run) -> None:
-    entry = said(lab(served, run, "push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--json"))
+    """And goes by Xet, from a process of its own."""
+    arguments = ("push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--json")
+    served.requests.clear()
+    entry = said(lab(served, run, *arguments, xet=True))
+    assert any("/xet-write-token/" in seen.path for seen in served.requests)
     assert entry["proof"]["state"] == "proven", entry["proof"]
     repo = served.repo("alice/whole", "models")
     assert not repo.private and {"config.json", "model.safetensors", "README.md"} <= repo.head.files.keys()
