@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import ROOT
 from hub_server import Hub, hub
+from safetensors.torch import load_file, save_file
 from tiny_models import make_run, train_here
 
 from qlora_core.publishing import published
 from qlora_core.runs import Run
+from qlora_core.worker.proving import prove
 
 MARK = "hf_SECRETMARKER"
 ALICE = f"{MARK}alice"
@@ -89,7 +93,7 @@ def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run)
     assert not repo.private and {"config.json", "model.safetensors", "README.md"} <= repo.head.files.keys()
 
 
-def test_what_does_not_load_there_is_pushed_but_not_proven(
+def test_what_comes_back_with_other_bytes_is_pushed_but_not_proven(
     served: Hub, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve = served.content
@@ -102,7 +106,17 @@ def test_what_does_not_load_there_is_pushed_but_not_proven(
     done = lab(served, run, "push", run.run_id, "--repo-id", "damaged", "--json")
     entry = json.loads(done.stdout)
     assert done.returncode == 1 and "not proven" in done.stderr
-    assert entry["proof"]["state"] == "failed" and "adapter_config.json" in entry["proof"]["reason"]
+    assert entry["proof"]["state"] == "failed"
+    assert "came back with other bytes in adapter_config.json" in entry["proof"]["reason"]
+
+
+def test_an_adapter_that_answers_otherwise_is_told_by_its_logits(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.adapter, other := tmp_path / "other")
+    assert prove(run, "adapter", other, run.adapter)["same"]
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(other / "adapter_model.safetensors").items()}
+    save_file(tensors, other / "adapter_model.safetensors")
+    verdict = prove(run, "adapter", other, run.adapter)
+    assert not verdict["same"] and verdict["largest_difference"] > 0 and verdict["same_tokens"]
 
 
 @pytest.mark.parametrize(
