@@ -16,7 +16,7 @@ from qlora_core.errors import HubError, RunError
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 
-FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force")
+FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan")
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -38,6 +38,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--version", help="tag of a model's version, default the next of v1, v2, …")
     command.add_argument(
         "--force", action="store_true", help="over a much better version, and over what others changed there"
+    )
+    command.add_argument(
+        "--plan", action="store_true", help="of a run: say what a push would change, and change nothing"
     )
     command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)  # jobs of the page
     command.set_defaults(command=_push)
@@ -74,6 +77,8 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
     reporter.end(jobs.DONE, result=result)
     if options.json:
         print_json(result)
+    elif "plan" in result:
+        print("\n".join(result["plan"]))
     elif not result["changed"]:
         print(f"{result['url']}: nothing has changed")
     else:
@@ -116,6 +121,8 @@ def _push_run(options: argparse.Namespace, settings: Settings, report: jobs.Repo
         raise RunError("--onto: only for --what merged; an adapter is not merged")
     push = publishing.prepare(run, options.repo_id, how, token=_token(options), report=report)
     planned = push.plan()
+    if options.plan:
+        return {"plan": planned.sentences(), "changed": False}
     print("\n".join(planned.sentences()), file=sys.stderr)
     return publishing.publish(run, push, planned)
 
