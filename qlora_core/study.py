@@ -12,7 +12,7 @@ from typing import Any
 from qlora_core import events, models, queue
 from qlora_core.config import TrainConfig, replace
 from qlora_core.errors import RunError
-from qlora_core.run_status import ACTIVE, FINISHED, RUNNING, RunStatus
+from qlora_core.run_status import ACTIVE, CRASHED, FINISHED, QUEUED, RUNNING, RunStatus
 from qlora_core.runs import Run, RunStore, lock, sync
 from qlora_core.settings import Settings
 from qlora_core.study_grid import Cell
@@ -140,6 +140,13 @@ class Study:
 
     # -- where it stands, and what it has found
 
+    def is_starting(self) -> bool:
+        """Whether its runs are being made and queued just now."""
+        if not self.path.exists():  # deleted meanwhile; a lock would make its folder again
+            return False
+        with lock(self.path / "lock", shared=True) as descriptor:
+            return descriptor is None
+
     def status(self, known: Mapping[str, RunStatus] | None = None) -> StudyStatus:
         """`known`: where runs stand, by id, as somebody has just read it; the others are read here."""
 
@@ -153,6 +160,8 @@ class Study:
         of_analysis = stands(told["analysis"])
         done = sum(status is not None and status.state == FINISHED for _, status in runs)
         state = state_of([status for _, status in runs], of_analysis)
+        if state in (CRASHED, GONE) and self.is_starting():  # a run that is made and not queued yet looks like a crash
+            state = QUEUED
         return StudyStatus(
             study_id=self.study_id,
             name=told["name"],

@@ -35,7 +35,7 @@ from qlora_core import architecture, cli, cli_compare, events
 from qlora_core.errors import ConfigError
 from qlora_core.planner.studying import PlannedCell, StudyEstimate, estimate_study
 from qlora_core.run_status import FINISHED, QUEUED
-from qlora_core.runs import RunStore
+from qlora_core.runs import RunStore, queue_entries
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.study_grid import KINDS
@@ -99,7 +99,15 @@ def typed(tab: CompareTab, base: str, *, choices: dict[str, Any] | None = None, 
 
 
 def shown(tab: CompareTab, selected: str = "", cursor: dict[str, Any] | None = None) -> Any:
-    return tab.tick(selected, cursor or {}, "step", study_found.AUTOMATIC)
+    """What a tick sends; without a cursor what a page has when the study has come whole."""
+    if cursor is not None:
+        return tab.tick(selected, cursor, "step", study_found.AUTOMATIC)
+    at_once = shown(tab, selected, {})
+    if at_once == gr.skip() or not at_once[tab.page].visible:
+        return at_once
+    assert "Reading the runs" in at_once[tab.verdict], "where it stands comes first"
+    rest = shown(tab, at_once.get(tab.selected, selected), at_once[tab.cursor])
+    return at_once | rest
 
 
 def titles(value: str) -> list[str]:
@@ -180,6 +188,21 @@ def test_a_double_click_makes_one_study_of_the_form(tab, base, chosen, settings)
     status = found.status()
     assert (status.state, status.total, status.kind) == (QUEUED, 4, "lora-vs-qlora")
     assert {run.config().learning_rate for run in found.runs()} == {3e-4} and len(RunStore(settings).list()) == 5
+
+
+def test_a_study_whose_runs_are_being_made_is_no_crash_and_is_not_made_twice(tab, base, chosen, settings):
+    values = typed(tab, base)
+    first = list(tab.form.begin_pair(False, chosen, *values))[-1][1]
+    for entry in queue_entries(settings):  # made, and about to be queued
+        entry.unlink()
+    found = StudyStore(settings).get(first)
+    assert found.status().state == "crashed"
+    plan = tab.form._plan(study_plan.Asked("lora-vs-qlora"), chosen, values[len(tab.form.choices) :], look=True)
+    again = {"kind": plan.kind, "name": plan.name, "noise_floor": True, "only": plan.estimate.fitting}
+    with held_by_another_process(found.path / "lock"):
+        assert study_view.statuses(settings)[0].state == QUEUED
+        assert StudyStore(settings).create(plan.config, plan.vary, **again).study_id == first
+    assert study_view.statuses(settings)[0].state == "crashed"
 
 
 @pytest.fixture

@@ -34,18 +34,27 @@ def _rows(trace: Any, labels: list[str], axes: list[str]) -> Iterator[dict[str, 
     if trace.type == "scatter" and trace.mode == "text":
         return
     places = trace.x if trace.customdata is None else trace.customdata
+    ends = _ends(trace.error_x if labels else trace.error_y)
     for place, (x, y) in enumerate(zip(places, trace.y, strict=True)):
         if labels:
-            yield {"row": _label(labels, y), "series": series, axes[0]: x} | _interval(trace.error_x, place, x)
+            yield {"row": _label(labels, y), "series": series, axes[0]: x} | _interval(ends, place, x)
         else:
-            yield {"series": series, axes[0]: x, axes[1]: y} | _interval(trace.error_y, place, y)
+            yield {"series": series, axes[0]: x, axes[1]: y} | _interval(ends, place, y)
 
 
 def _label(labels: list[str], y: float) -> str:
     return labels[round(y)] if labels else ""
 
 
-def _interval(error: Any, place: int, value: float) -> dict[str, float]:
+def _ends(error: Any) -> tuple[Any, Any] | None:
+    """(below, above) of a trace's intervals, asked for once: plotly makes an object of every answer."""
     if not error or error.array is None or error.visible is False:
+        return None
+    return error.arrayminus, error.array
+
+
+def _interval(ends: tuple[Any, Any] | None, place: int, value: float) -> dict[str, float]:
+    if ends is None:
         return {}
-    return {"low": value - error.arrayminus[place], "high": value + error.array[place]}
+    below, above = ends
+    return {"low": value - below[place], "high": value + above[place]}

@@ -22,6 +22,7 @@ from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.words import problems_panel
 
 WAITING = "Memory, step time and loss stand here when the first run has finished."
+READING = '<p class="lab-hint" role="status">Reading the runs …</p>'
 WRITING = '<p class="lab-hint" role="status">Writing the report …</p>'
 # The address names the study while this tab is open, so that a reload and a shared link show it again. Until the page has asked
 # which one its address names, it stays as it is.
@@ -121,7 +122,7 @@ class CompareTab:
         self.pick.click(self.compare_picked, self.picked, [self.pick_problem, self.selected, self.picked], **hidden)
         self.selected.change(None, self.selected, None, js=SHOW_IN_URL, **hidden).then(
             self.tick, state, self.outputs, **hidden
-        )
+        ).then(self.tick, state, self.outputs, **hidden)
         self.selected.change(lambda: gr.Row(visible=False), None, self.confirm, **hidden)
         for button, action in (
             (self.stop, Study.stop),
@@ -186,6 +187,11 @@ class CompareTab:
             changed[self.picked] = gr.Dropdown(choices=marks["picked"])
         if "page" in new:
             changed |= {self.page: gr.Column(visible=status is not None), **self._buttons(status)}
+        if now != cursor.get("of", ""):
+            # Where it stands comes at once; what it found takes a second, and comes with the next tick.
+            changed |= self._emptied()
+            marks |= {"of": now} | dict.fromkeys(("results", "curves"))
+            new -= {"results", "curves"}
         try:
             if "results" in new:
                 changed |= self._results(status)
@@ -196,6 +202,10 @@ class CompareTab:
         if now != selected:
             changed[self.selected] = now
         return {**changed, self.cursor: {**cursor, **seen, **marks}} if changed else gr.skip()
+
+    def _emptied(self) -> dict[Any, Any]:
+        figures = (self.first, self.others, self.curves, self.more, self.weights, self.behaviour, self.answers)
+        return {self.verdict: READING} | dict.fromkeys(figures, "")
 
     def _results(self, status: StudyStatus) -> dict[Any, Any]:
         found = study_found.found(self._study(status), study_view.results_marker(status))

@@ -66,7 +66,8 @@ def statuses(settings: Settings) -> list[StudyStatus]:
     for study in StudyStore(settings).list():
         try:
             written = (study.path / "study.json").stat().st_mtime_ns
-            found.append(_status(study, written, tuple(known.get(run_id) for run_id in _run_ids(study, written))))
+            of_runs = tuple(known.get(run_id) for run_id in _run_ids(study, written))
+            found.append(_status(study, written, study.is_starting(), of_runs))
         except (OSError, LabError):  # deleted meanwhile, or unreadable: `unreadable` says why
             continue
     return found
@@ -79,7 +80,7 @@ def _run_ids(study: Study, _written: int) -> tuple[str | None, ...]:
 
 
 @lru_cache(maxsize=256)
-def _status(study: Study, _written: int, known: tuple[RunStatus | None, ...]) -> StudyStatus:
+def _status(study: Study, _written: int, _starting: bool, known: tuple[RunStatus | None, ...]) -> StudyStatus:
     return study.status({status.run_id: status for status in known if status})
 
 
@@ -103,10 +104,10 @@ def results_marker(status: StudyStatus) -> str:
 
 
 def curves_marker(status: StudyStatus) -> str:
-    """Changes also while runs train, about a hundred times in a study: each redraw reads every step."""
+    """Changes also while runs train, about fifty times in a study: each redraw reads every step."""
     total = sum(run.total_steps or 0 for _, run in status.runs if run)
     made = sum(run.step for _, run in status.runs if run)
-    return f"{results_marker(status)} {100 * made // total if total else 0}"
+    return f"{results_marker(status)} {50 * made // total if total else 0}"
 
 
 # -- the list
