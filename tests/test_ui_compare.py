@@ -98,11 +98,11 @@ def typed(tab: CompareTab, base: str, *, choices: dict[str, Any] | None = None, 
     ]
 
 
-def shown(tab: CompareTab, selected: str = "", cursor: dict[str, Any] | None = None) -> Any:
+def shown(tab: CompareTab, selected: str = "", cursor: str | None = None) -> Any:
     """What a tick sends; without a cursor what a page has when the study has come whole."""
     if cursor is not None:
         return tab.tick(selected, cursor, "step", study_found.AUTOMATIC)
-    at_once = shown(tab, selected, {})
+    at_once = shown(tab, selected, "")
     if at_once == gr.skip() or not at_once[tab.page].visible:
         return at_once
     assert "Reading the runs" in at_once[tab.verdict], "where it stands comes first"
@@ -294,6 +294,15 @@ def test_a_tick_sends_what_changed_and_nothing_else(tab, tmp_path, monkeypatch):
     say(found.runs()[1], events.Evaluation(step=11, loss=0.9, tokens=40, seconds=1))
     third = shown(tab, found.study_id, second[tab.cursor])
     assert {tab.verdict, tab.first, tab.curves} <= third.keys() and tab.stop not in third
+
+
+def test_an_answer_that_comes_late_is_mended_by_the_next_tick(tab, tmp_path):
+    found = lay_down(tmp_path, study(PAIR))
+    late = shown(tab, found.study_id, "")
+    assert late[tab.first] == "" and "Reading the runs" in late[tab.verdict]
+    mended = shown(tab, found.study_id, late[tab.cursor])
+    assert titles(mended[tab.first]) and "Does QLoRA pay" in mended[tab.verdict]
+    assert shown(tab, found.study_id, mended[tab.cursor]) == gr.skip()
 
 
 def test_curves_go_along_the_axis_that_is_chosen_and_stay_there(tab, tmp_path):

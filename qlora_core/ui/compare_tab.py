@@ -1,5 +1,6 @@
 """The Compare tab: studies are made here, watched live, and judged. A timer compares a cursor and sends only what changed."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,9 @@ class CompareTab:
     def __init__(self, settings: Settings, train: TrainTab) -> None:
         self.settings = settings
         self.selected = gr.Textbox(NOT_ATTACHED, visible="hidden", elem_id="selected-study", label="selected study")
-        self.cursor = gr.State({})
+        # What the page shows. It lives in the browser and comes with what it tells of, so that an answer that is late, and shows
+        # what was, is seen as such by the next tick; a gr.State would know better than the page.
+        self.cursor = gr.Textbox("", visible="hidden", elem_id="study-cursor", label="study cursor")
         self.form = StudyForm(settings, train)
         with gr.Accordion("Compare runs that have finished", open=False, elem_id="study-pick"):
             # Custom values: a run that was deleted meanwhile stays chosen, and Compare says so.
@@ -166,42 +169,42 @@ class CompareTab:
     def choose(self, event: gr.EventData) -> tuple[str, str]:
         return event.run, ""
 
-    def tick(self, selected: str, cursor: dict[str, Any], axis: str, smoothing: str) -> Any:
+    def tick(self, selected: str, cursor: str, axis: str, smoothing: str) -> Any:
         """Outputs that changed since `cursor`; gr.skip() when none did."""
         if selected == NOT_ATTACHED:
             return gr.skip()
+        before = json.loads(cursor or "{}")
         studies = study_view.statuses(self.settings)
         status = next((s for s in studies if s.study_id == selected), None) or next(iter(studies), None)
-        now = status.study_id if status else ""
-        marks = {"picked": self._finished_runs(), "page": _buttons_marker(status)}
+        now, finished = status.study_id if status else "", self._finished_runs()
+        marks = {"of": now, "picked": hash(str(finished)), "page": _buttons_marker(status)}
         parts: dict[Any, Any] = {self.table: study_view.table_html(studies, now, study_view.unreadable(self.settings))}
         if status:
             parts |= {self.head: study_view.head_html(status), self.strip: study_view.strip_html(status)}
             parts[self.runs] = study_view.runs_html(status)
-            marks |= {"results": study_view.results_marker(status)}
-            marks |= {"curves": f"{study_view.curves_marker(status)} {axis} {smoothing}"}
-        changed = {part: value for part, value in parts.items() if cursor.get(str(part._id)) != hash(value)}
+            marks["results"] = hash(study_view.results_marker(status))
+            marks["curves"] = hash((study_view.curves_marker(status), axis, smoothing))
         seen = {str(part._id): hash(value) for part, value in parts.items()}
-        new = {name for name, mark in marks.items() if cursor.get(name) != mark}
+        changed = {part: value for part, value in parts.items() if before.get(str(part._id)) != seen[str(part._id)]}
+        new = {name for name, mark in marks.items() if before.get(name, "" if name == "of" else None) != mark}
         if "picked" in new:
-            changed[self.picked] = gr.Dropdown(choices=marks["picked"])
+            changed[self.picked] = gr.Dropdown(choices=finished)
         if "page" in new:
             changed |= {self.page: gr.Column(visible=status is not None), **self._buttons(status)}
-        if now != cursor.get("of", ""):
+        if "of" in new:
             # Where it stands comes at once; what it found takes a second, and comes with the next tick.
             changed |= self._emptied()
-            marks |= {"of": now} | dict.fromkeys(("results", "curves"))
-            new -= {"results", "curves"}
+            marks |= {"results": None, "curves": None}
         try:
-            if "results" in new:
+            if "results" in new and "of" not in new:
                 changed |= self._results(status)
-            if "curves" in new:
+            if "curves" in new and "of" not in new:
                 changed |= self._curves(status, axis, smoothing)
         except (LabError, OSError):  # deleted just now: the next tick shows another
             return gr.skip()
         if now != selected:
             changed[self.selected] = now
-        return {**changed, self.cursor: {**cursor, **seen, **marks}} if changed else gr.skip()
+        return {**changed, self.cursor: json.dumps(seen | marks)} if changed else gr.skip()
 
     def _emptied(self) -> dict[Any, Any]:
         figures = (self.first, self.others, self.curves, self.more, self.weights, self.behaviour, self.answers)

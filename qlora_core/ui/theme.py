@@ -264,6 +264,9 @@ _NARROW = """
   #run-buttons > button, #study-buttons > button { flex: 1 1 40% !important; }
   #study-runs .lab-runs tr { grid-template-columns: 1fr 1fr; }
   #study-page .lab-figure { padding: 2px 0 6px; }
+  /* A figure needs the whole width. */
+  #study-page [id$="-part"] { padding-left: 1px !important; padding-right: 1px !important; }
+  #study-page [id$="-part"] > button { padding: 0 9px; }
   .lab-ask > .block, .lab-ask > .form { flex: 1 0 100% !important; } .lab-ask > button { flex: 1 1 40% !important; }
   .lab-answers thead { display: none; }
   .lab-answers tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--border-color-primary) !important; }
