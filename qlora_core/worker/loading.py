@@ -83,8 +83,8 @@ def load_base(
         )
     if any(name.endswith(".dt_proj") and isinstance(module, QUANTISED) for name, module in model.named_modules()):
         raise ModelError(  # Mamba, Falcon-Mamba and Jamba multiply with its weight themselves, which packed bits do not allow
-            f"base model {folder}: {type(model).__name__} cannot compute with dt_proj in 4 bits or int8; choose lora, or name "
-            "other layers in quantize_modules"
+            f"base model {folder}: {type(model).__name__} cannot compute with dt_proj in 4 bits or int8; choose method lora, or "
+            "name other layers in quantize_modules"
         )
     forbid_cpu_repacking(model)
     model.requires_grad_(False)
