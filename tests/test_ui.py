@@ -238,11 +238,13 @@ import gradio as gr
 from qlora_core.ui.data_tab import DataTab
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.runs_tab import RunsTab
+from qlora_core.ui.compare_tab import CompareTab
 assert "torch" not in sys.modules, "import app"
 settings = Settings(home=Path({str(tmp_path)!r}) / "home", locks=Path({str(tmp_path)!r}) / "locks")
 app.build_app(settings)
 with gr.Blocks(analytics_enabled=False):
     data, train, runs = DataTab(settings), TrainTab(settings), RunsTab(settings, gr.HTML())
+    compare = CompareTab(settings, train)
 chosen = data.take_upload([{str(rows)!r}])[data.chosen]
 how = ({base!r}, "model", "all_responses")
 assert "lab-tokens" in data.rows.show_row(chosen, 1, *how, 512)[0]
@@ -252,6 +254,10 @@ values = [component.value for component in train.inputs]
 assert train.check(chosen, *values)[1]
 train.begin(chosen, *values)
 runs.tick("", {{}})
+form = [component.value for component in compare.form.choices]
+list(compare.form.begin_pair(False, chosen, *form, *values))
+cursor = compare.tick("", "", "step", "automatic").get(compare.cursor, "")
+compare.tick("", cursor, "step", "automatic")
 assert "torch" not in sys.modules, "handlers"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -220,7 +220,13 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_is_named_and_left_out_when_told_to(tab, base, chosen, settings, tight):
     tab.form.train.look(chosen, base)
     pair, *_, skip = tab.form.planned(chosen, *typed(tab, base))
-    assert "1 run would not fit: LoRA: needs 1024.00 GiB" in pair and "<b>does not fit</b>" in pair and skip.visible
+    assert (
+        "1 of 4 runs would not fit the" in pair
+        and "may be used: LoRA.</p>" in pair
+        and "<li>LoRA, 1024.00 GiB <b>" in pair
+        and "<b>does not fit</b>" in pair
+        and skip.visible
+    )
     problems, study_id = list(tab.form.begin_pair(False, chosen, *typed(tab, base)))[-1]
     assert "needs 1024.00 GiB" in problems and "go on without" in problems and study_id == gr.skip()
     problems, study_id = list(tab.form.begin_pair(True, chosen, *typed(tab, base)))[-1]

@@ -23,7 +23,7 @@ from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.words import problems_panel
 
 WAITING = "Memory, step time and loss stand here when the first run has finished."
-READING = '<p class="lab-hint" role="status">Reading the runs …</p>'
+READING = '<div class="verdicts"><p class="verdict unclear first" role="status">Reading the runs …</p></div>'
 WRITING = '<p class="lab-hint" role="status">Writing the report …</p>'
 # The address names the study while this tab is open, so that a reload and a shared link show it again. Until the page has asked
 # which one its address names, it stays as it is.
@@ -68,7 +68,8 @@ class CompareTab:
             self._build_page()
 
     def _build_page(self) -> None:
-        self.head = gr.HTML("", min_height=158, elem_id="study-head")
+        # Heights come from style sheets: gradio drops its own while an answer is on its way, which is every second.
+        self.head = gr.HTML("", elem_id="study-head")
         self.strip = gr.HTML("", css_template=study_view.STRIP_CSS, js_on_load=study_view.PICK, elem_id="study-strip")
         with gr.Row(elem_id="study-buttons"):
             self.stop = _button("Stop and save", "study-stop")
@@ -78,11 +79,11 @@ class CompareTab:
             self.delete = _button("Delete", "study-delete")
         with gr.Row(visible=False, elem_id="study-confirm", elem_classes="lab-ask") as self.confirm:
             gr.HTML('<p class="lab-warn">Delete this study for good?</p>', min_width=220)
-            self.really = _button("Delete the study, keep its runs", "study-really", variant="stop", visible=True)
-            self.with_runs = _button("Delete its runs too", "study-really-runs", variant="stop", visible=True)
+            self.really = _button("Delete, keep its runs", "study-really", variant="stop", visible=True)
+            self.with_runs = _button("Delete with its runs", "study-really-runs", variant="stop", visible=True)
             self.keep = _button("Keep it", "study-keep", visible=True)
         self.page_problem = gr.HTML("", elem_id="study-page-problem")
-        self.verdict = gr.HTML("", css_template=study_found.VERDICTS_CSS, min_height=132, elem_id="study-verdict")
+        self.verdict = gr.HTML("", css_template=study_found.VERDICTS_CSS, elem_id="study-verdict")
         self.first = gallery(elem_id="study-first", empty=WAITING)
         self.others = gr.HTML("", css_template=study_found.VERDICTS_CSS, elem_id="study-verdicts")
         with gr.Accordion("Runs", open=False, elem_id="study-runs-part"):

@@ -61,7 +61,7 @@ class RunsTab:
             with gr.Row():
                 with gr.Column(min_width=320):
                     gr.HTML('<div class="lab-step">What happened</div>')
-                    self.log = gr.HTML("", min_height=302, elem_id="run-log")
+                    self.log = gr.HTML("", min_height=300, elem_id="run-log")
                 with gr.Column(min_width=320):
                     gr.HTML('<div class="lab-step">What came out</div>')
                     self.result = gr.HTML("", min_height=302, elem_id="run-result")

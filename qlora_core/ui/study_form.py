@@ -122,6 +122,8 @@ class StudyForm:
         made_of = [chosen, *self.choices, *self.train.inputs]
         for happens in (tab.select, self.train.looked.then, self.more.expand):
             happens(self.planned, made_of, self.plans, **hidden)
+        # What was wrong may be mended on another tab.
+        tab.select(lambda: "", None, self.problem, **hidden)
         self.kind.input(self.fields_of, self.kind, [self.kind, self.methods, self.ranks, self.floor], **hidden)
         gr.on(
             [component.change for component in self.choices],
@@ -214,4 +216,4 @@ def about(kind: str) -> str:
 
 
 def _plan_box(elem_id: str) -> gr.HTML:
-    return gr.HTML(waiting_html(LOOKING), css_template=PLAN_CSS, min_height=120, elem_id=elem_id)
+    return gr.HTML(waiting_html(LOOKING), css_template=PLAN_CSS, elem_id=elem_id)

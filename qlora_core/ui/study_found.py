@@ -42,7 +42,7 @@ VERDICTS_CSS = """
 .verdicts { display: grid; gap: 10px; margin: 2px 0; grid-template-columns: repeat(auto-fit, minmax(min(100%, 350px), 1fr)); }
 .verdict { border: 1px solid var(--border-color-primary); border-left: 4px solid var(--tone); border-radius: 10px;
   padding: 10px 14px; background: var(--block-background-fill); min-width: 0; }
-.verdict.first { grid-column: 1 / -1; min-height: 132px; }
+.verdict.first { grid-column: 1 / -1; min-height: 150px; margin: 0; }
 .verdict.yes { --tone: var(--body-text-color); } .verdict.no, .verdict.unclear { --tone: var(--muted); }
 .verdict h4 { margin: 0 0 2px; font-size: .88rem; color: var(--muted); font-weight: 600; display: flex; flex-wrap: wrap;
   justify-content: space-between; gap: 0 12px; }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.config import TrainConfig, replace
+from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError
 from qlora_core.options import converted
 from qlora_core.planner.facts import Facts
@@ -20,11 +21,12 @@ from qlora_core.ui.train_tab import what_stops
 from qlora_core.ui.words import duration, esc, problems_panel, size
 
 LORA_VS_QLORA, LADDER, ANYTHING = "lora-vs-qlora", "rank-ladder", GRID
-LISTED = 12
+# Runs in the list of a plan, and those named where they do not fit.
+LISTED, NAMED = 12, 3
 PLAN_CSS = """
 .plan { min-height: 118px; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 14px;
   background: var(--block-background-fill); font-size: .9rem; }
-.plan p { margin: 0 0 2px; } .plan p, .plan li { overflow-wrap: anywhere; } .plan .lab-warn { font-size: .9rem; }
+.plan p { margin: 0 0 2px; } .plan p, .plan li { overflow-wrap: anywhere; } .plan p.over { color: var(--failed); }
 .plan summary { cursor: pointer; color: var(--muted); margin-top: 4px; }
 .plan ul { margin: 4px 0 0; padding-left: 18px; }
 .plan pre { margin: 6px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem; background: none; }
@@ -176,19 +178,30 @@ def _settings(what: str, text: str, problems: list[str]) -> dict[str, list[Any]]
 
 def plan_html(found: StudyPlan) -> str:
     """Number of runs, memory, time; folded, each run and the equal command."""
-    fits, unfitting = fit_sentence(found.estimate), found.estimate.problems()
-    seconds = found.estimate.seconds
+    unfitting, seconds = _unfitting(found), found.estimate.seconds
     time = (
         f"{_about(duration(seconds))} in all, the analysis at the end not counted"
         if seconds
         else "How long it takes is known once a run of each method was measured here"
     )
-    lines = [(fits, "lab-warn" if unfitting else ""), (time, "")]
+    lines = [(unfitting or fit_sentence(found.estimate), "over" if unfitting else ""), (time, "")]
     told = "".join(f'<p class="{tone}">{esc(text[:1].upper() + text[1:])}.</p>' for text, tone in lines)
     notes = "".join(f'<p class="lab-hint">{esc(note[:1].upper() + note[1:])}.</p>' for note in found.notes)
     return (
         f'<div class="plan"><p><b>{esc(sentence(found.cells))}.</b></p>{notes}<div class="estimate"><i>estimate</i>{told}</div>'
         f"{_runs(found)}<details><summary>The same on the command line</summary><pre>{esc(command(found))}</pre></details></div>"
+    )
+
+
+def _unfitting(found: StudyPlan) -> str:
+    """How many runs and which; what each needs stands in the list of runs. Empty where all fit."""
+    names = [one.cell.label for one in found.estimate.cells if not one.fits]
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (
+        f"{len(names)} of {counted(len(found.cells), 'run')} would not fit the {size(found.estimate.usable_bytes)} that may be "
+        f"used: {'; '.join(names[:NAMED])}{more}"
     )
 
 

@@ -198,7 +198,7 @@ _RUNS = """
 .lab-differences th[scope=row] { font-weight: 400; color: inherit; font-size: inherit; position: static; }
 .lab-differences tr.group th { position: static; padding-top: 14px; }
 .lab-differences td { overflow-wrap: anywhere; font-weight: 600; }
-.lab-head { min-height: 132px; }
+.lab-head { min-height: 132px; } #study-head .lab-head { min-height: 154px; }
 #study-kinds { gap: 14px; } #study-kinds button { min-height: 62px; font-size: 1.08rem; }
 #run-result .lab-card, #run-result .lab-empty { min-height: 300px; }
 #run-result .lab-empty { display: grid; align-content: center; }
