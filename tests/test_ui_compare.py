@@ -6,7 +6,7 @@ import shlex
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +39,7 @@ from qlora_core.runs import RunStore, queue_entries
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.study_grid import KINDS
+from qlora_core.study_results import Analysis
 from qlora_core.ui import study_endpoints, study_found, study_plan, study_view
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.compare_tab import CompareTab, study_named
@@ -288,18 +289,30 @@ def test_figures_of_several_pairs_share_a_card(tab, tmp_path):
     assert [entry["name"] for entry in cosine["entries"]] == ["LoRA – QLoRA, rank 2", "LoRA – QLoRA, rank 4"]
 
 
-def test_a_tick_sends_what_changed_and_nothing_else(tab, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_view, "curves_marker", lambda status: study_view.results_marker(status))
-    running = study_run(method="qlora", state="running")
-    found = lay_down(tmp_path, study([PAIR[0], running]))
+def test_a_tick_sends_what_changed_and_nothing_else(tab, tmp_path):
+    found = lay_down(tmp_path, study([PAIR[0], study_run(method="qlora", state="running", steps=400)]))
+    running = found.runs()[1]
+    with held_by_another_process(running.path / "lock"):
+        first = shown(tab, found.study_id)
+        assert shown(tab, found.study_id, first[tab.cursor]) == gr.skip() and first[tab.stop].visible
+        say(running, step(201))
+        second = shown(tab, found.study_id, first[tab.cursor])
+        assert second.keys() == {tab.cursor, tab.head, tab.runs}, "no figure and no button moves with a step"
+        say(running, step(220))
+        assert tab.curves in (third := shown(tab, found.study_id, second[tab.cursor])), "curves do, now and then"
+        say(running, events.Evaluation(step=220, loss=0.9, tokens=40, seconds=1))
+        fourth = shown(tab, found.study_id, third[tab.cursor])
+        assert {tab.verdict, tab.first, tab.curves} <= fourth.keys() and tab.stop not in fourth
+
+
+def test_what_is_analysed_again_is_shown_again(tab, tmp_path):
+    found = lay_down(tmp_path, study(PAIR, analysis=analysed(PAIR)))
     first = shown(tab, found.study_id)
-    assert shown(tab, found.study_id, first[tab.cursor]) == gr.skip()
-    say(found.runs()[1], step(11))
-    second = shown(tab, found.study_id, first[tab.cursor])
-    assert second.keys() == {tab.cursor, tab.head, tab.runs}, "no figure and no button moves with a step"
-    say(found.runs()[1], events.Evaluation(step=11, loss=0.9, tokens=40, seconds=1))
-    third = shown(tab, found.study_id, second[tab.cursor])
-    assert {tab.verdict, tab.first, tab.curves} <= third.keys() and tab.stop not in third
+    other = Analysis(**(vars(analysed(PAIR)) | {"behaviour": None}))
+    (found.analysis().path / "found.json").write_text(json.dumps(asdict(other)))
+    say(found.analysis(), events.Launched(attempt=2), events.Finished(step=0))
+    again = shown(tab, found.study_id, first[tab.cursor])
+    assert first[tab.answers_part].visible and not again[tab.answers_part].visible and again[tab.behaviour] == ""
 
 
 def test_an_answer_that_comes_late_is_mended_by_the_next_tick(tab, tmp_path):

@@ -98,9 +98,14 @@ def unreadable(settings: Settings) -> list[str]:
 
 
 def results_marker(status: StudyStatus) -> str:
-    """Changes when figures and verdicts do: a run was evaluated or has ended, the analysis has begun or ended."""
-    runs = [(run.run_id, run.state, run.eval_loss) if run else None for _, run in status.runs]
-    return f"{status.study_id} {runs} {status.analysis.state if status.analysis else None}"
+    """Changes when figures and verdicts do: a run was evaluated or has ended, the analysis has begun or ended, also again."""
+    runs = [run for _, run in status.runs]
+    told = [(run.run_id, run.state, run.eval_loss, _ended_at(run)) if run else None for run in (*runs, status.analysis)]
+    return f"{status.study_id} {told}"
+
+
+def _ended_at(run: RunStatus) -> float | None:
+    return None if run.state in ACTIVE else run.updated_at
 
 
 def curves_marker(status: StudyStatus) -> str:
