@@ -106,14 +106,19 @@ def publish(run: Run, push: ModelPush, agreed: hub.PushPlan | None) -> dict[str,
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
             if same and not pushed.changed and entry["proof"]["state"] == "proven":
                 return {**entry, "changed": False}
-        proof = prove(run, push, pushed)
-        entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": proof}
-        path = run.path / "published.json"
-        entries = [*published(run), entry]
-        partial = path.with_name("published.json.partial")
-        partial.write_text(json.dumps(entries, indent=1))
-        partial.replace(path)
+        entries = published(run)
+        entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
+        _record(run, [*entries, entry])  # it is on the Hub: a kill in the proof must not hide that
+        entry["proof"] = prove(run, push, pushed)
+        _record(run, [*entries, entry])
     return entry
+
+
+def _record(run: Run, entries: list[dict[str, Any]]) -> None:
+    path = run.path / "published.json"
+    partial = path.with_name("published.json.partial")
+    partial.write_text(json.dumps(entries, indent=1))
+    partial.replace(path)
 
 
 def published(run: Run) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def start_next(settings: Settings) -> list[Run]:
             try:
                 if not _waits_for_others(run) and _start(run, entry):
                     started.append(run)
-            except RunError:  # unreadable: it stays, for a person to see and delete, and holds nobody up
+            except (RunError, ValueError):  # unreadable: it stays, for a person to see and delete, and holds nobody up
                 continue
     return started
 

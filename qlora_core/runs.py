@@ -236,18 +236,31 @@ class RunStore:
         with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as descriptor:
             if descriptor is None or run.queue_place():
                 raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
-            needed_by = [i for i in (*self.based_on(run.path), *self._combining(run)) if i != run.run_id]
-            if needed_by:
-                raise RunError(
-                    f"{run.run_id}: its files are needed by {', '.join(needed_by)}, which could no longer be trained or "
-                    f"merged; delete {'that run' if len(needed_by) == 1 else 'those runs'} first"
-                )
+            if problem := self._needed(run):
+                raise RunError(problem)
             # A kill leaves no half of a run among the others.
             doomed = self.settings.runs / f".deleted-{run.run_id}"
             run.path.rename(doomed)
             shutil.rmtree(doomed)
             for copy in self.settings.downloads.glob(f"{run.run_id}*"):
                 copy.unlink(missing_ok=True)
+
+    def deletion_problem(self, run: Run) -> str | None:
+        """Why the run cannot be deleted now, or None."""
+        try:
+            state = run.status().state
+        except RunError:  # unreadable ones can go
+            state = ""
+        return f"{run.run_id}: is {state}; stop it before you delete it" if state in ACTIVE else self._needed(run)
+
+    def _needed(self, run: Run) -> str | None:
+        needed_by = [i for i in (*self.based_on(run.path), *self._combining(run)) if i != run.run_id]
+        if not needed_by:
+            return None
+        return (
+            f"{run.run_id}: its files are needed by {', '.join(needed_by)}, which could no longer be trained or "
+            f"merged; delete {'that run' if len(needed_by) == 1 else 'those runs'} first"
+        )
 
     def based_on(self, folder: Path) -> tuple[str, ...]:
         """Ids of runs whose base model lies in the folder or below it."""

@@ -159,17 +159,27 @@ class StudyStore:
         with suppress(RunError):  # one that cannot be read names no runs, and goes
             if study.status().state in ACTIVE:
                 problems.append(f"{study.study_id}: is under way; stop it before you delete it")
-            doomed = [run for run in (study.analysis(), *(study.runs() if with_runs else ())) if run]
-        for run in doomed if not problems else ():
-            try:
-                runs.delete(run)
-            except RunError as error:
-                problems += error.problems
+            doomed = [run for run in (study.analysis(), *(self._own_runs(study) if with_runs else ())) if run]
+        # All are asked before the first goes.
+        problems += [problem for run in doomed if (problem := runs.deletion_problem(run))] if not problems else []
         if problems:
             raise RunError(*problems)
+        for run in doomed:
+            runs.delete(run)
+        (self.settings.downloads / f"{study.study_id}.zip").unlink(missing_ok=True)
         gone = self.folder / f".deleted-{study.study_id}"
         study.path.rename(gone)  # a kill leaves no half of a study among the others
         shutil.rmtree(gone)
+
+    def _own_runs(self, study: Study) -> Sequence[Run]:
+        """Those that were made for it: not what was picked, nor what another study names too."""
+        if study.told()["kind"] == PICKED:
+            return []
+        others: set[str] = set()
+        for other in self.list():
+            with suppress(RunError):
+                others |= {entry["run_id"] for entry in other.told()["runs"] if other.study_id != study.study_id}
+        return [run for run in study.runs() if run.run_id not in others]
 
     def _remove_abandoned(self) -> None:
         """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
@@ -197,7 +207,7 @@ def measured_paces(settings: Settings) -> list[Pace]:
     """How fast runs that have finished were, the newest first."""
     found = []
     for run in RunStore(settings).list():
-        with suppress(OSError, ValueError, RunError):  # a run that cannot be read says nothing
+        with suppress(OSError, ValueError, KeyError, TypeError, RunError):  # a run that cannot be read says nothing
             result = run.result() if run.trains else None
             if result and result["train_info"]["tokens_per_second"]:
                 found.append(_pace(run.config(), result))

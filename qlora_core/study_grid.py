@@ -1,6 +1,7 @@
 """What a study varies -> the runs it consists of, each with its settings; and the kinds of studies. Starts nothing."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +14,7 @@ from qlora_core.errors import ConfigError
 from qlora_core.study_results import ARM, OTHER_ORDER, OTHER_SEED, label
 from qlora_core.targets import Architecture
 
-MOST_RUNS = 200
+MOST_RUNS, MOST_COMBINATIONS = 200, 2000
 METHODS = ["lora", "qlora"]
 # In a kind's `vary`: values that the model's layers decide.
 MATRICES, LAYER_GROUPS = "each matrix by itself", "each quarter of the layers by itself"
@@ -199,6 +200,10 @@ def cells(
     problems = grid_problems(vary, seeds)
     if problems:
         raise ConfigError(*problems)
+    if (combinations := math.prod(map(len, vary.values())) * len(seeds)) > MOST_COMBINATIONS:
+        raise ConfigError(
+            f"the study would combine {combinations:,} values and seeds; vary less: at most {MOST_COMBINATIONS:,}"
+        )
     found, known = [], set()
     for values in itertools.product(*vary.values()):
         varied = dict(zip(vary, values, strict=True))
@@ -218,7 +223,7 @@ def cells(
     made = [_cell(ARM, used, arm, name, seed=seed) for used, arm in found for seed in seeds]
     if noise_floor:
         lora = [pair for pair in found if pair[1].method == "lora"] or found
-        other = max(seeds) + 1
+        other = max(*seeds, *(arm.order_seed for _, arm in lora)) + 1
         made += [_cell(OTHER_SEED, used, arm, name, seed=other) for used, arm in lora]
         made += [_cell(OTHER_ORDER, used, arm, name, seed=seeds[0], row_order_seed=other) for used, arm in lora]
     if len(made) > MOST_RUNS:

@@ -20,6 +20,7 @@ def lay_down(folder: Path, results: StudyResults) -> Study:
     """The study with its runs below `<folder>/home`. A run that neither finished, stopped nor failed is left as one that crashed;
     of one that is gone or left out there is nothing."""
     settings = settings_in(folder)
+    events._parsed.clear()  # a run laid down again under its old id may get the inode of the deleted file
     pattern = run_in(folder, name="pattern")
     path = settings.home / "studies" / results.study_id
     path.mkdir(parents=True)

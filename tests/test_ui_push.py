@@ -92,3 +92,9 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
     failed = told_at_the_end(part, part.begin(run.run_id, "adapter", "bob/page", False, ALICE, True))
     assert "Not pushed" in failed and "bob" in failed
     assert part.show("nothing")[0].visible is False
+
+
+def test_on_a_space_nobody_pushes_as_its_owner(run: Run, part: PushPart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    monkeypatch.setenv("SPACE_ID", "alice/lab")
+    assert "no token; type one in" in part.begin(run.run_id, "adapter", "alice/page", False, "", True)[2]

@@ -3,7 +3,7 @@
 A Hub error becomes a sentence here (`reason`), whoever meets it. A token is passed on to the Hub and goes nowhere else.
 """
 
-from qlora_core.hub.access import Account, account, full_name
+from qlora_core.hub.access import Account, account, full_name, machine_token
 from qlora_core.hub.datasets import PushedDataset, push_dataset
 from qlora_core.hub.faults import hub_errors, reason
 from qlora_core.hub.models import PushedModel, plan_push, push_model
@@ -20,6 +20,7 @@ __all__ = [
     "account",
     "full_name",
     "hub_errors",
+    "machine_token",
     "plan_push",
     "push_dataset",
     "push_model",

@@ -1,5 +1,6 @@
 """Whose a token is, where it may write, and what a repository may be called."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ class Account:
 
     def writes_to(self, owner: str) -> bool:
         return owner.casefold() in {name.casefold() for name in (self.name, *self.organizations)}
+
+
+def machine_token() -> str | None:
+    """HF_TOKEN, or that of `hf auth login`; None on a Space, where every visitor would act as its owner."""
+    from huggingface_hub import get_token
+
+    return None if os.environ.get("SPACE_ID") else get_token()
 
 
 def account(token: str, *, endpoint: str | None = None) -> Account:

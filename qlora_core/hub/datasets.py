@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ class _Push:
     """One push to a repository of a type, from its checks to the comparison of what arrived."""
 
     repo_type: RepoType
-    token: str
+    token: str = field(repr=False)
     endpoint: str | None
     report: Callable[[str], None]
 

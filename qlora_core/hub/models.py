@@ -1,7 +1,7 @@
 """A model folder to a model repository: planned, in one commit, tagged as a version, compared with what arrived."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class ModelPush:
 
     folder: Path
     repo_id: str
-    token: str
+    token: str = field(repr=False)
     release: Release
     files: Mapping[str, Content]
     private: bool = True

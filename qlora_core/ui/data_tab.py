@@ -16,6 +16,7 @@ from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import LOWEST
 from qlora_core.data.rows import counted
 from qlora_core.errors import DatasetError, LabError
+from qlora_core.hub import machine_token
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
 from qlora_core.ui.chosen import Chosen, recalled, rows_of, to_remember
@@ -235,9 +236,7 @@ class DataTab:
 
     def hub_secret(self) -> str | None:
         """The token of this machine: HF_TOKEN, or that of `hf auth login`."""
-        from huggingface_hub import get_token
-
-        return get_token()
+        return machine_token()
 
     def take_columns(self, looked: Chosen, several: tuple[tuple[Path, ...], str], *names: str) -> dict[Any, Any]:
         columns = columns_text({role: name for role, name in zip(ROLES, names, strict=True) if name})

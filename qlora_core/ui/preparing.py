@@ -19,6 +19,7 @@ from qlora_core.data.inspection import DatasetReport
 from qlora_core.data.preparation import Preparation
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.errors import ConfigError, LabError
+from qlora_core.hub import machine_token
 from qlora_core.settings import Settings
 from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.dataset_report import steps_html
@@ -177,9 +178,7 @@ class PreparePanel:
             return [gr.skip() for _ in COLUMN_FIELDS]
 
     def start_push(self, chosen: Chosen, repository: str, public: bool, token: str) -> tuple[Any, ...]:
-        from huggingface_hub import get_token
-
-        secret = (token or "").strip() or get_token()
+        secret = (token or "").strip() or machine_token()
         problems = []
         if not chosen.is_prepared:
             problems.append("no prepared dataset is chosen; prepare one first")

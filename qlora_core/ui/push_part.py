@@ -6,6 +6,7 @@ import gradio as gr
 
 from qlora_core import jobs, publishing
 from qlora_core.errors import LabError
+from qlora_core.hub import machine_token
 from qlora_core.model_card import licence_warning
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
@@ -80,9 +81,7 @@ class PushPart:
         self, run_id: str | None, what: str, repository: str, public: bool, token: str, confirmed: bool, *, plan: bool
     ) -> tuple[Any, ...]:
         """(job, timer, what is told): all that is missing at once, or the job."""
-        from huggingface_hub import get_token
-
-        secret, problems = (token or "").strip() or get_token(), []
+        secret, problems = (token or "").strip() or machine_token(), []
         try:
             run = RunStore(self.settings).get(run_id or "")
             if not plan and not confirmed and (warning := licence_warning(run)):

@@ -33,6 +33,8 @@ class StudyAnalysis(Training):
     def run_to_end(self) -> None:
         self.asked = self.run.analysis()
         self.found: dict[str, Any] = {"updates": {}}
+        # What an earlier analysis has found stays until this one has found it all.
+        self.is_first = not (self.run.path / FOUND).exists()
         if any(isinstance(event, events.Launched) and event.attempt > 1 for event in self.run.events()[0]):
             self.say(events.Resumed(from_step=0))  # runs may have ended since: it begins anew
         try:
@@ -46,6 +48,7 @@ class StudyAnalysis(Training):
         except StopAsked:
             self.say(events.Stopped(step=0))
         else:
+            self.write_found()
             self.say(events.Finished(step=0, reason=f"compared {len(self.finished)} runs"))
 
     def finished_runs(self) -> list[StudyRun]:
@@ -65,6 +68,10 @@ class StudyAnalysis(Training):
 
     def keep(self, **found: Any) -> None:
         self.found |= found
+        if self.is_first:
+            self.write_found()
+
+    def write_found(self) -> None:
         partial = self.run.path / f"{FOUND}.partial"
         partial.write_text(json.dumps(self.found, ensure_ascii=False))
         os.replace(partial, self.run.path / FOUND)

@@ -198,22 +198,27 @@ def try_backward(fused: FusedModel, batch: Pass) -> None:
     Raises what the kernels raise, and FloatingPointError for gradients that are not finite.
     """
     full_length, (longest, *_) = fused.full_length, batch.lengths
-    fused.full_length = 0
-    packed = _gradients(fused, batch)
-    if not packed.isfinite().all():
-        raise FloatingPointError("gradients are not finite")
-    fused.full_length = full_length
-    if len(set(batch.lengths)) > 1 or full_length == 0:
-        return
     try:
-        fused.full_length = longest
-        apart = (_gradients(fused, batch) - packed).norm() / packed.norm()
-        is_close = bool(apart < _most_apart(fused))
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        is_close = False
-    fused.full_length = full_length if is_close else 0
+        fused.full_length = 0
+        packed = _gradients(fused, batch)
+        if not packed.isfinite().all():
+            raise FloatingPointError("gradients are not finite")
+        if len(set(batch.lengths)) == 1 and full_length:
+            fused.full_length = longest
+            full_length = full_length if _are_close(fused, batch, packed) else 0
+    finally:
+        fused.full_length = full_length
+        fused.adapters.gradients.zero_()
+
+
+def _are_close(fused: FusedModel, batch: Pass, packed: torch.Tensor) -> bool:
+    """Whether attention over full rows runs here, and gives the gradients that packed rows get."""
+    try:
+        return bool((_gradients(fused, batch) - packed).norm() / packed.norm() < _most_apart(fused))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
 
 
 def _most_apart(fused: FusedModel) -> float:
