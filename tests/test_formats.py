@@ -325,3 +325,11 @@ def test_a_template_that_leaves_a_tool_call_out_refuses_the_row(tmp_path: Path) 
         render(Example(1, (Message("user", "Hi"), Message("assistant", "No.")), tools=json.dumps([WEATHER])), silent)
     rendered = render(Example(1, calling), load_tokenizer(tokenizer_folder(tmp_path / "writes", chat_template=writes)))
     assert '{"name": "weather", "arguments": {}}' in rendered.text
+
+
+def test_what_a_response_answers_is_told_with_all_turns_before_it() -> None:
+    one = Example(1, (Message("user", "Triage."), Message("assistant", "ok")), input="My parcel is late.")
+    assert one.asked == "Triage.\n\nMy parcel is late."
+    turns = [("system", "Be short."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Why?"), ("assistant", "So.")]
+    many = Example(1, tuple(Message(role, text) for role, text in turns))
+    assert many.asked == "system: Be short.\n\nuser: Hi\n\nassistant: Hello.\n\nuser: Why?" and many.reference == "So."

@@ -73,6 +73,12 @@ def test_the_noise_floor_repeats_lora_with_another_seed_and_in_another_order() -
     assert [cell.varied for cell in only_qlora if cell.role == OTHER_SEED] == [{"rank": 2}, {"rank": 4}]
 
 
+def test_another_row_order_is_another_one() -> None:
+    made = cells(replace(PLAIN, row_order_seed=43), {"method": ["lora", "qlora"]}, noise_floor=True)
+    orders = {cell.role: cell.config.order_seed for cell in made}
+    assert orders[OTHER_ORDER] != orders[ARM]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_runs_that_differ_in_what_it_names(kind: str) -> None:
     made = cells(PLAIN, filled(KINDS[kind].vary, LLAMA_8B), noise_floor=KINDS[kind].noise_floor)
@@ -112,6 +118,8 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         cells(PLAIN, {"method": ["lora", "qlora"], "init_lora_weights": ["default", "pissa"]})
     with pytest.raises(ConfigError, match="would have 1,000 runs.*at most 200"):
         cells(PLAIN, {"rank": list(range(1, 1001))})
+    with pytest.raises(ConfigError, match="would combine 1,000,000 values and seeds"):
+        cells(PLAIN, {"rank": list(range(1, 1001)), "lora_alpha": list(range(1, 1001))})
     with pytest.raises(ConfigError, match="one run, so there is nothing to compare"):
         cells(PLAIN, {"rank": [4]})
 
@@ -264,7 +272,8 @@ def test_a_study_stays_where_a_run_of_it_cannot_go(tmp_path: Path) -> None:
     based = RunStore(study.settings).create(replace(config_in(tmp_path), base_model=str(merged)))
     with pytest.raises(RunError, match=f"its files are needed by {based.run_id}"):
         store.delete(study, with_runs=True)
-    assert store.get(study.study_id).status().total == 2 and lora.path.exists()
+    assert store.get(study.study_id).status().total == 2
+    assert all(run.path.exists() for run in (*study.runs(), study.analysis())) and len(study.runs()) == 2
 
 
 def test_what_would_not_fit_stays_a_gap_and_the_rest_is_a_whole_study(tmp_path: Path) -> None:
@@ -342,6 +351,13 @@ def test_picked_runs_of_equal_rows_and_base_are_compared_and_differences_are_sai
     RunStore(study.settings).delete(runs[0])
     with pytest.raises(RunError, match="is gone; pick runs again"):
         study.start()
+
+
+def test_picked_runs_stay_when_their_study_goes_with_its_runs(tmp_path: Path) -> None:
+    runs = [train_here(make_run(tmp_path, max_steps=1, rank=rank)) for rank in (2, 4)]
+    store = StudyStore(settings_in(tmp_path))
+    store.delete(store.of_runs(runs), with_runs=True)
+    assert all(run.path.exists() for run in runs) and store.list() == []
 
 
 def test_runs_that_cannot_be_compared_are_refused_with_every_reason(tmp_path: Path) -> None:

@@ -81,6 +81,15 @@ def test_nothing_is_guessed_where_the_parts_are_not_known():
     assert "have not recorded" in practical(runs).sentence
 
 
+def test_lora_left_out_for_memory_is_a_reason_and_said_to_be_an_estimate():
+    left_out = study_run(state="left out", detail="it would not fit the memory")
+    found = practical([left_out, pair()[1]])
+    assert found.holds == "yes" and found.sureness.startswith("moderate: LoRA was estimated")
+    assert found.sentence.startswith(
+        "QLoRA fits where LoRA would not have fitted, by the estimate: its peak was 7.60 GiB"
+    )
+
+
 def test_lora_out_of_memory_is_the_best_reason_for_qlora():
     failed = study_run(state="failed", detail="out of memory while training at step 3; choose qlora")
     found = practical([failed, pair()[1]])

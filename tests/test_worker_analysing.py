@@ -347,3 +347,20 @@ def test_double_quantisation_on_and_off_are_measured_apart(tmp_path: Path) -> No
     found = study.analysis_found().quantisation
     types = [entry["type"] for entry in found if (entry["layer"], entry["module"]) == (0, "q_proj")]
     assert types == ["nf4", "nf4, single quantisation"]
+
+
+def test_what_an_analysis_has_found_stays_until_the_next_has_found_it_all(tmp_path: Path) -> None:
+    study = train_all(study_in(tmp_path, {"method": ["lora", "qlora"]}, noise_floor=False, max_steps=1))
+    path = analyse_here(study).path / "found.json"
+    before = path.read_text()
+
+    class AfterTheWeights:
+        """Stops where answers begin."""
+
+        def __bool__(self) -> bool:
+            phases = said(study.analysis(), events.Phase)
+            return any("loading the base" in phase.name for phase in phases[-3:])
+
+    assert analyse_here(study, AfterTheWeights()).status().state == STOPPED
+    assert path.read_text() == before
+    assert analyse_here(study).status().state == FINISHED and path.read_text() == before

@@ -61,6 +61,17 @@ class Example:
         return next(message.content for message in reversed(self.messages) if message.role in ("assistant", TEXT_ROLE))
 
     @property
+    def asked(self) -> str:
+        """What the last response answers, for a person to read: the turns before it, each with its role where there are several."""
+        last = max(i for i, message in enumerate(self.messages) if message.role in ("assistant", TEXT_ROLE))
+        texts = [message.content for message in self.messages[:last]]
+        if self.input and texts:
+            texts[0] += f"\n\n{self.input}"
+        if len(texts) < 2:
+            return "".join(texts)
+        return "\n\n".join(f"{m.role}: {text}" for m, text in zip(self.messages[:last], texts, strict=True))
+
+    @property
     def text(self) -> str:
         """All that a person wrote in it, one part a line."""
         parts = [message.content for message in self.messages]

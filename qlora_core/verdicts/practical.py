@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_core.data.rows import counted
+from qlora_core.run_status import FAILED
 from qlora_core.study_numbers import (
     LOSS_NEAR,
     ROUNDING,
@@ -21,7 +22,7 @@ from qlora_core.study_numbers import (
     pairs,
     spread,
 )
-from qlora_core.study_results import StudyResults
+from qlora_core.study_results import LEFT_OUT, StudyResults
 from qlora_core.verdicts.verdict import NO, UNCLEAR, YES, Verdict, between, listed, percent, signed, sureness
 from qlora_core.wording import loss as loss_words
 from qlora_core.wording import seconds, size
@@ -48,24 +49,28 @@ def practical(results: StudyResults, found: Sequence[Arm]) -> Verdict:
 
 
 def _only_qlora_fits(results: StudyResults, found: Sequence[Pair]) -> Verdict | None:
-    unfit = [pair for pair in found if pair.qlora.finished and not pair.lora.finished and _out_of_memory(pair.lora)]
+    unfit = [pair for pair in found if pair.qlora.finished and not pair.lora.finished and _has_no_room(pair.lora)]
     if not unfit or any(pair.lora.finished for pair in found):
         return None
     peaks = [size(pair.qlora.mean(lambda run: run.peak_bytes)) for pair in unfit]
     kind = memory_kind(unfit[0].qlora)
+    tried = any(run.state == FAILED for pair in unfit for run in pair.lora.runs)
+    where = "LoRA ran out of memory" if tried else "LoRA would not have fitted, by the estimate"
     return Verdict(
         title=TITLE,
-        sentence=f"QLoRA fits where LoRA ran out of memory: its peak was {between(peaks)} of {kind} memory. Use it here.",
+        sentence=f"QLoRA fits where {where}: its peak was {between(peaks)} of {kind} memory. Use it here.",
         holds=YES,
-        sureness="high: one of the two did not run",
+        sureness="high: one of the two did not run" if tried else "moderate: LoRA was estimated, and not tried",
         numbers={"qlora_peak_bytes": {pair.qlora.label: pair.qlora.mean(lambda run: run.peak_bytes) for pair in unfit}},
-        rests_on="; ".join(f"{run.label} failed: {run.detail}" for run in unfit[0].lora.runs if run.detail),
+        rests_on="; ".join(f"{run.label} {run.state}: {run.detail}" for run in unfit[0].lora.runs if run.detail),
     )
 
 
-def _out_of_memory(arm: Arm) -> bool:
+def _has_no_room(arm: Arm) -> bool:
     return any(
-        "out of memory" in run.detail or "does not fit" in run.detail for run in arm.runs if run.state == "failed"
+        run.state == LEFT_OUT
+        or (run.state == FAILED and ("out of memory" in run.detail or "does not fit" in run.detail))
+        for run in arm.runs
     )
 
 

@@ -95,8 +95,7 @@ class Answers:
             source: self.tokenizer.decode(answers[place], skip_special_tokens=True)
             for source, answers in self.tokens.items()
         }
-        prompt = example.messages[0].content + (f"\n\n{example.input}" if example.input else "")
-        return {"line": example.line, "prompt": prompt, "reference": example.reference, "answers": texts}
+        return {"line": example.line, "prompt": example.asked, "reference": example.reference, "answers": texts}
 
     def _embedded_in_16_bits(
         self, how: How, runs: Sequence[StudyRun], others: dict[How, list[StudyRun]]

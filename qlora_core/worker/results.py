@@ -65,7 +65,7 @@ def _fit_to_original_base(folder: Path, initial: dict[str, torch.Tensor]) -> Non
 
 def write_answers(run: Run, step: int, examples: Sequence[Example], answers: Sequence[str], score: Scorer) -> None:
     rows = [
-        {"line": e.line, "prompt": e.messages[0].content + (f"\n\n{e.input}" if e.input else ""), "reference": e.reference,
+        {"line": e.line, "prompt": e.asked, "reference": e.reference,
          "answer": answer, "correct": score(answer, e.reference)}
         for e, answer in zip(examples, answers, strict=True)
     ]  # fmt: skip
