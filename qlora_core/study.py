@@ -128,12 +128,15 @@ class Study:
     def stop(self) -> str:
         """Ask every run that waits or trains to save and stop. Raises RunError when there is none."""
         asked = 0
-        # The analysis first, and then the last of the queue, so that none starts because another was taken out.
-        for run in [run for run in (self.analysis(), *reversed(self.runs())) if run]:
-            if run.status().state in ACTIVE:
-                with suppress(RunError):  # it has just ended by itself
-                    run.request_stop()
-                    asked += 1
+        with lock(
+            self.path / "lock", wait=True
+        ):  # while its runs are being made, one queued a moment later would be missed
+            # The analysis first, and then the last of the queue, so that none starts because another was taken out.
+            for run in [run for run in (self.analysis(), *reversed(self.runs())) if run]:
+                if run.status().state in ACTIVE:
+                    with suppress(RunError):  # it has just ended by itself
+                        run.request_stop()
+                        asked += 1
         if not asked:
             raise RunError(f"{self.study_id}: nothing of it waits or trains, so there is nothing to stop")
         return f"{asked} of its runs are stopping"

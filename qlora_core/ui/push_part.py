@@ -55,6 +55,8 @@ class PushPart:
         asked = [run, self.what, self.repository, self.public, self.token, self.confirmed]
         told = [self.job, self.timer, self.told]
         run.change(self.show, run, [self.part, self.repository, self.warning, self.confirmed, self.told], **hidden)
+        # What is told is of the run that is shown; a push that goes on is in its record when it has ended.
+        run.change(lambda: ("", gr.Timer(active=False)), None, [self.job, self.timer], **hidden)
         self.look.click(self.plan, asked, told, **hidden)
         self.push.click(self.begin, asked, told, **hidden).then(lambda: "", None, self.token, **hidden)
         self.timer.tick(self.tick, self.job, [self.timer, self.told], **hidden)
