@@ -1,6 +1,5 @@
 """Adapters of several runs, added by weight, as a new run that goes through the queue. Knows no torch: a worker adds."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -15,7 +14,8 @@ from qlora_core.config import TrainConfig, replace
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import RunError
 from qlora_core.run_status import ACTIVE
-from qlora_core.runs import Run, RunStore, sync
+from qlora_core.runs import Run, RunStore
+from qlora_core.storage import file_sha256, new_folder, sync
 
 DENSITY = 0.5
 MOST_RANK = 1024  # as TrainConfig.rank
@@ -245,7 +245,7 @@ def _publish(parts: Sequence[Part], weights: Sequence[float], config: TrainConfi
         ]
     }
     store = RunStore(first.settings)
-    with store.new_folder() as folder:
+    with new_folder(first.settings.runs) as folder:
         shutil.copytree(first.path / "dataset", folder / "dataset")
         dataset = replace(first.dataset(), eval_rows_also_trained=_also_trained(parts))
         (folder / "dataset" / "dataset.json").write_text(json.dumps(asdict(dataset), indent=1))
@@ -263,11 +263,6 @@ def _also_trained(parts: Sequence[Part]) -> int:
 
 def adapter_weights(run: Run) -> Path:
     return run.adapter / "adapter_model.safetensors"
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _each(parts: Sequence[Part], values: Sequence[Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from qlora_core.config import TrainConfig
 from qlora_core.errors import ModelError
 from qlora_core.settings import Settings
+from qlora_core.storage import file_sha256
 
 BUNDLED = "bundled"
 MERGED_RUN = "run:"
@@ -120,14 +121,9 @@ def _weights_sha256(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.sha256()
     for path, _, _ in files:
         blob = path.resolve().name
-        digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _file_sha256(path)
+        digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_sha256(path)
         total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bundled(settings: Settings) -> BaseModel:

@@ -20,8 +20,10 @@ from qlora_core.model_card import CardText, model_card
 from qlora_core.queue import worker_environment
 from qlora_core.run_status import RUNNING
 from qlora_core.runs import Run, lock
+from qlora_core.storage import write_json
 
 WHAT = ("adapter", "merged")
+PUBLISHED = "published.json"
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,15 @@ def publish(run: Run, push: ModelPush, agreed: hub.PushPlan | None) -> dict[str,
                 return {**entry, "changed": False}
         entries = published(run)
         entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
-        _record(run, [*entries, entry])  # it is on the Hub: a kill in the proof must not hide that
+        write_json(run.path / PUBLISHED, [*entries, entry])  # it is on the Hub: a kill in the proof must not hide that
         entry["proof"] = prove(run, push, pushed)
-        _record(run, [*entries, entry])
+        write_json(run.path / PUBLISHED, [*entries, entry])
     return entry
-
-
-def _record(run: Run, entries: list[dict[str, Any]]) -> None:
-    path = run.path / "published.json"
-    partial = path.with_name("published.json.partial")
-    partial.write_text(json.dumps(entries, indent=1))
-    partial.replace(path)
 
 
 def published(run: Run) -> list[dict[str, Any]]:
     """Every push of the run that was made, oldest first."""
-    path = run.path / "published.json"
+    path = run.path / PUBLISHED
     return json.loads(path.read_text()) if path.exists() else []
 
 

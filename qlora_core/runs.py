@@ -5,8 +5,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from qlora_core.errors import ConfigError, RunError
 from qlora_core.events import Event
 from qlora_core.run_status import ACTIVE, CRASHED, QUEUED, RunStatus, fold
 from qlora_core.settings import Settings
+from qlora_core.storage import new_folder, new_id, remove_folder, sync, write_json
 
 READERS_SECONDS = 0.2  # far longer than `Run.is_locked` holds a lock
 
@@ -53,10 +52,7 @@ class Run:
 
     def change_config(self, config: TrainConfig) -> None:
         """Only the holder of the run's lock may. The run is then no longer the one that its key stands for."""
-        partial = self.path / "config.json.partial"
-        partial.write_text(json.dumps(config.to_json(), indent=1))
-        sync(partial)
-        partial.rename(self.path / "config.json")
+        write_json(self.path / "config.json", config.to_json())
         (self.path / "key").unlink(missing_ok=True)
 
     def key(self) -> str | None:
@@ -171,25 +167,13 @@ class RunStore:
         """
         if without_tracker := trackers.problem(config):
             raise ConfigError(without_tracker)
-        with self.new_folder() as folder:
+        with new_folder(self.settings.runs) as folder:
             # The dataset first: a typo in its name must not cost the download of a model.
             located = locate(config, self.settings, token=token)
             dataset = store(located, folder / "dataset", limits=self.settings.limits, max_rows=self.settings.max_rows)
             config = located.config
             model = models.resolve(config.base_model, self.settings, token=token)
             return self.publish(folder, config, model, [dataset.train_fingerprint, dataset.eval_fingerprint])
-
-    @contextlib.contextmanager
-    def new_folder(self) -> Iterator[Path]:
-        """A folder to prepare a run in; gone afterwards unless `publish` made it a run."""
-        self.settings.runs.mkdir(parents=True, exist_ok=True)
-        self._remove_abandoned()
-        folder = self.settings.runs / f".creating-{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, folder: Path, config: TrainConfig, model: models.BaseModel, made_of: Any) -> Run:
         """Make the prepared folder a run, all at once; or return the run of the same config, base and `made_of` that is
@@ -205,7 +189,7 @@ class RunStore:
                 # A run without events is about to be queued.
                 if run.key() == key and (run.status().state in ACTIVE or not run.events_path.exists()):
                     return run
-            path = self.settings.runs / _run_id(config)
+            path = self.settings.runs / new_id(config.run_name(), otherwise="run")
             folder.rename(path)
         return Run(path, self.settings)
 
@@ -238,10 +222,7 @@ class RunStore:
                 raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
             if problem := self._needed(run):
                 raise RunError(problem)
-            # A kill leaves no half of a run among the others.
-            doomed = self.settings.runs / f".deleted-{run.run_id}"
-            run.path.rename(doomed)
-            shutil.rmtree(doomed)
+            remove_folder(run.path)
             for copy in self.settings.downloads.glob(f"{run.run_id}*"):
                 copy.unlink(missing_ok=True)
 
@@ -283,19 +264,6 @@ class RunStore:
                     found.append(run.run_id)
         return tuple(found)
 
-    def _remove_abandoned(self) -> None:
-        """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
-        for path in [*self.settings.runs.glob(".creating-*"), *self.settings.runs.glob(".deleted-*")]:
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 86_400:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-def _run_id(config: TrainConfig) -> str:
-    """Sorts by time, says what it is, is safe as a file name and never the same twice."""
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in config.run_name())
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}-{safe.strip('-.')[:60] or 'run'}"
-
 
 @contextlib.contextmanager
 def lock(path: Path, *, shared: bool = False, wait: bool = False, patience_seconds: float = 0) -> Iterator[int | None]:
@@ -319,15 +287,6 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False, patience_secon
                     break
                 time.sleep(0.002)
         yield descriptor if held else None
-    finally:
-        os.close(descriptor)
-
-
-def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +17,8 @@ from qlora_core.planner.studying import Pace
 from qlora_core.run_status import ACTIVE
 from qlora_core.runs import Run, RunStore, lock
 from qlora_core.settings import Settings
-from qlora_core.study import GRID, PICKED, Study, link, write_json
+from qlora_core.storage import new_folder, new_id, remove_folder, write_json
+from qlora_core.study import GRID, PICKED, Study, link
 from qlora_core.study_grid import ARM, Cell, cells
 from qlora_core.study_picking import differences_of, varied_of
 from qlora_core.study_results import NONE
@@ -57,7 +55,7 @@ class StudyStore:
         kept = [_marks(cell) for cell in (made if only is None else only)]
         if problem := trackers.problem(config):
             raise ConfigError(problem)
-        with self._new_folder() as folder:
+        with new_folder(self.folder) as folder:
             located = locate(config, self.settings, token=token)
             dataset = store(located, folder / "dataset", limits=self.settings.limits, max_rows=self.settings.max_rows)
             model = models.resolve(config.base_model, self.settings, token=token)
@@ -94,7 +92,7 @@ class StudyStore:
             raise RunError(*problems)
         varied = varied_of([run.config() for run in runs])
         first = runs[0]
-        with self._new_folder() as folder:
+        with new_folder(self.folder) as folder:
             link(first.path / "dataset", folder / "dataset")
             told = {
                 "name": name.strip() or f"{len(runs)} runs picked",
@@ -128,13 +126,9 @@ class StudyStore:
                 with suppress(RunError):
                     if study.told().get("key") == told["key"] and study.status().state in (*ACTIVE, NONE):
                         return study
-            path = self.folder / _study_id(told["name"])
+            path = self.folder / new_id(told["name"], otherwise="study")
             folder.rename(path)
         return Study(path, self.settings)
-
-    def _new_folder(self) -> "_NewFolder":
-        self._remove_abandoned()
-        return _NewFolder(self.folder)
 
     def get(self, study_id: str) -> Study:
         """Raises RunError; names studies that the text is the beginning of."""
@@ -167,9 +161,7 @@ class StudyStore:
         for run in doomed:
             runs.delete(run)
         (self.settings.downloads / f"{study.study_id}.zip").unlink(missing_ok=True)
-        gone = self.folder / f".deleted-{study.study_id}"
-        study.path.rename(gone)  # a kill leaves no half of a study among the others
-        shutil.rmtree(gone)
+        remove_folder(study.path)
 
     def _own_runs(self, study: Study) -> Sequence[Run]:
         """Those that were made for it: not what was picked, nor what another study names too."""
@@ -180,27 +172,6 @@ class StudyStore:
             with suppress(RunError):
                 others |= {entry["run_id"] for entry in other.told()["runs"] if other.study_id != study.study_id}
         return [run for run in study.runs() if run.run_id not in others]
-
-    def _remove_abandoned(self) -> None:
-        """Folders of creations and deletions that were killed; a day is longer than any of them takes."""
-        for path in [*self.folder.glob(".creating-*"), *self.folder.glob(".deleted-*")]:
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > 86_400:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-class _NewFolder:
-    """A folder to prepare a study in; gone afterwards unless it was renamed to one."""
-
-    def __init__(self, parent: Path) -> None:
-        self.path = parent / f".creating-{os.getpid()}-{secrets.token_hex(4)}"
-
-    def __enter__(self) -> Path:
-        self.path.mkdir(parents=True)
-        return self.path
-
-    def __exit__(self, *_: Any) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def measured_paces(settings: Settings) -> list[Pace]:
@@ -224,11 +195,6 @@ def _pace(config: TrainConfig, result: dict[str, Any]) -> Pace:
         tokens_per_second=info["tokens_per_second"],
         seconds_around=max(0.0, meta["attempt_seconds"] - steps) if meta["attempts"] == 1 else 0.0,
     )
-
-
-def _study_id(name: str) -> str:
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name)
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}-{safe.strip('-.')[:50] or 'study'}"
 
 
 def _marks(cell: Cell) -> tuple[Any, ...]:

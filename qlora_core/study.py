@@ -13,9 +13,10 @@ from qlora_core import events, models, queue
 from qlora_core.config import TrainConfig, replace
 from qlora_core.errors import RunError
 from qlora_core.run_status import ACTIVE, CRASHED, FINISHED, QUEUED, RUNNING, RunStatus
-from qlora_core.runs import Run, RunStore, lock, sync
+from qlora_core.runs import Run, RunStore, lock
 from qlora_core.settings import Settings
-from qlora_core.study_grid import Cell
+from qlora_core.storage import new_folder, write_json
+from qlora_core.study_grid import run_label
 from qlora_core.study_results import GONE, LEFT_OUT, NONE, Analysis, StudyResults, StudyRun
 from qlora_core.study_status import StudyStatus, detail_of, eta_seconds, state_of
 
@@ -118,19 +119,17 @@ class Study:
         return run
 
     def _publish(self, config: TrainConfig, made_of: Sequence[Any], files: Mapping[str, Any] | None = None) -> Run:
-        runs = RunStore(self.settings)
-        with runs.new_folder() as folder:
+        with new_folder(self.settings.runs) as folder:
             link(self.path / "dataset", folder / "dataset")
             for name, values in (files or {}).items():
                 write_json(folder / name, values)
-            return runs.publish(folder, config, self.base_model(), made_of)
+            return RunStore(self.settings).publish(folder, config, self.base_model(), made_of)
 
     def stop(self) -> str:
         """Ask every run that waits or trains to save and stop. Raises RunError when there is none."""
         asked = 0
-        with lock(
-            self.path / "lock", wait=True
-        ):  # while its runs are being made, one queued a moment later would be missed
+        # While its runs are being made, one that is queued a moment later would be missed.
+        with lock(self.path / "lock", wait=True):
             # The analysis first, and then the last of the queue, so that none starts because another was taken out.
             for run in [run for run in (self.analysis(), *reversed(self.runs())) if run]:
                 if run.status().state in ACTIVE:
@@ -235,8 +234,7 @@ class Study:
 
 
 def label_of(entry: Mapping[str, Any]) -> str:
-    config = TrainConfig.from_mapping(entry["config"], where="study.json")
-    return Cell(entry["role"], entry["varied"], entry["seed"], config).label + f", seed {entry['seed']}"
+    return f"{run_label(entry['role'], entry['varied'])}, seed {entry['seed']}"
 
 
 def _is_older(analysis: Run, runs: Sequence[Run]) -> bool:
@@ -253,10 +251,3 @@ def link(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copy2(path, target / path.name)
-
-
-def write_json(path: Path, values: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False))
-    sync(partial)
-    partial.rename(path)

@@ -117,8 +117,11 @@ class Cell:
 
     @property
     def label(self) -> str:
-        beside = "" if self.role == ARM else f", {self.role}"
-        return f"{label(self.varied) or 'as set'}{beside}"
+        return run_label(self.role, self.varied)
+
+
+def run_label(role: str, varied: Mapping[str, Any]) -> str:
+    return (label(varied) or "as set") + ("" if role == ARM else f", {role}")
 
 
 def filled(vary: Mapping[str, Sequence[Any]], shape: Architecture) -> dict[str, list[Any]]:

@@ -27,8 +27,9 @@ from qlora_core.data.inspection import LISTED, DatasetReport, inspect, short_dig
 from qlora_core.data.listing import Listing, write_listing
 from qlora_core.data.near_duplicates import NearDuplicates
 from qlora_core.data.rows import Example, Problem
-from qlora_core.runs import lock, sync
+from qlora_core.runs import lock
 from qlora_core.settings import Settings
+from qlora_core.storage import sync
 
 # Changes with what is written here.
 VERSION = 3

@@ -25,8 +25,8 @@ from qlora_core.data.limits import Limits
 from qlora_core.data.locate import LINEAGE
 from qlora_core.data.rows import Example
 from qlora_core.errors import DatasetError
-from qlora_core.runs import sync
 from qlora_core.settings import Settings
+from qlora_core.storage import sync
 from qlora_core.tokens import load_tokenizer
 
 # File of each split: as rows, and as the Hub wants it. The Hub's name for rows to evaluate on is validation.

@@ -27,8 +27,9 @@ from qlora_core.data.selection import balanced, held_out
 from qlora_core.data.sources import Report, Source, origins, sources_of
 from qlora_core.data.steps import Ledger, Row, drop_duplicates, fit, mark_toxic, mask_personal, normalise, with_columns
 from qlora_core.errors import DatasetError
-from qlora_core.runs import lock, sync
+from qlora_core.runs import lock
 from qlora_core.settings import Settings
+from qlora_core.storage import sync
 
 VERSION = 3
 WAITING_SECONDS = 1  # after which a preparation that waits for another looks whether it is to end

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
+from qlora_core.storage import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -60,10 +61,7 @@ def same(add: "CommitOperationAdd", remote: Any) -> bool:
 
 
 def sha256(content: Content) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
 
 
 def git_oid(content: Content) -> str:

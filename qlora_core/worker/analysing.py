@@ -1,7 +1,5 @@
 """The analysis of a study: what its adapters have learnt, what quantising the base lost, how its models answer. Trains nothing."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ from qlora_core.adapter_comparison import Update
 from qlora_core.errors import LabError, RunError
 from qlora_core.run_status import FINISHED
 from qlora_core.runs import Run
+from qlora_core.storage import write_json
 from qlora_core.studies import StudyStore
 from qlora_core.study_results import ARM, StudyRun
 from qlora_core.worker import hardware
@@ -72,9 +71,7 @@ class StudyAnalysis(Training):
             self.write_found()
 
     def write_found(self) -> None:
-        partial = self.run.path / f"{FOUND}.partial"
-        partial.write_text(json.dumps(self.found, ensure_ascii=False))
-        os.replace(partial, self.run.path / FOUND)
+        write_json(self.run.path / FOUND, self.found)
 
     # -- weights
 

@@ -1,6 +1,5 @@
 """Checkpoints that a kill cannot half-write and that are verified before they are trusted."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora_core.errors import TrainingError
-from qlora_core.runs import sync
+from qlora_core.storage import file_sha256, sync
 
 MANIFEST, MADE_FOR = "manifest.json", "made_for.json"
 ADAPTER = "adapter.safetensors"
@@ -123,5 +122,4 @@ def _damage(path: Path) -> str | None:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}

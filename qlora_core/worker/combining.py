@@ -9,10 +9,11 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import pad
 
 from qlora_core import events
-from qlora_core.combining import METHODS, adapter_weights, file_sha256
+from qlora_core.combining import METHODS, adapter_weights
 from qlora_core.errors import RunError, TrainingError
 from qlora_core.memory import PASS_TOKENS
 from qlora_core.runs import Run, RunStore
+from qlora_core.storage import file_sha256
 from qlora_core.tokens import load_tokenizer, template_name
 from qlora_core.worker import hardware, loading, results
 from qlora_core.worker.evaluation import evaluation_loss

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 import statistics
@@ -20,6 +19,7 @@ from qlora_core import devices, events, models
 from qlora_core.data.rows import Example
 from qlora_core.runs import Run
 from qlora_core.scores import Scorer, wilson_interval
+from qlora_core.storage import write_json
 from qlora_core.worker import hardware
 from qlora_core.worker.steps import Stepper
 
@@ -69,7 +69,7 @@ def write_answers(run: Run, step: int, examples: Sequence[Example], answers: Seq
          "answer": answer, "correct": score(answer, e.reference)}
         for e, answer in zip(examples, answers, strict=True)
     ]  # fmt: skip
-    _write_json(run.path / f"answers-{step}.json", rows)
+    write_json(run.path / f"answers-{step}.json", rows)
 
 
 def write_result(
@@ -143,7 +143,7 @@ def write_run_result(
         "ended_at": time.time(),
         "held_out": run.dataset().eval_source,
     }
-    _write_json(
+    write_json(
         run.path / "result.json",
         {"run_info": run_info, "train_info": _measured(run, history) | found, "meta_info": meta_info},
     )
@@ -185,10 +185,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed, so that a reader never sees half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False))
-    os.replace(partial, path)
