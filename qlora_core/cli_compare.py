@@ -11,27 +11,26 @@ from typing import Any
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import architecture, queue
+from qlora_core import queue
 from qlora_core.cli_estimate import facts_for
 from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
 from qlora_core.data.locate import locate
 from qlora_core.errors import ConfigError, RunError
-from qlora_core.options import converted
-from qlora_core.planner.studying import StudyEstimate, estimate_study, fit_sentence
+from qlora_core.planner.studying import fit_sentence
 from qlora_core.run_status import ACTIVE, CRASHED, FAILED
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.studies import GRID, Study, StudyStore, measured_paces
-from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, sentence
+from qlora_core.study_grid import KINDS, grid_problems, sentence
 from qlora_core.study_numbers import Arm, arms, losses
+from qlora_core.study_plan import LORA_VS_QLORA, StudyPlan, Wanted, plan, values_of
 from qlora_core.study_results import StudyResults
 from qlora_core.study_status import StudyStatus
 from qlora_core.verdicts import verdicts
 from qlora_core.wording import duration, loss, seconds, size
 
 POLL_SECONDS = 0.5
-FIRST_KIND = "lora-vs-qlora"
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -107,34 +106,31 @@ def _add_without_rows(command: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace, settings: Settings) -> int:
-    config = run_config(options)
-    kind = options.kind or (GRID if options.vary or options.seeds else FIRST_KIND)
-    known = KINDS.get(kind)
-    shape = architecture.read(config.base_model, settings)
-    wanted = {**(known.vary if known else {}), **_varied(options.vary)}
-    vary = filled(wanted, shape)
-    for note in fill_notes(wanted, shape):
+    config, wanted = run_config(options), _wanted(options)
+    locate(config, settings, token=get_token())  # a mistyped file, before the model is asked for
+    found = plan(wanted, config, facts_for(config, None, settings), measured_paces(settings))
+    for note in found.notes:
         print(note, file=sys.stderr)
-    noise_floor = options.noise_floor if options.noise_floor is not None else bool(known and known.noise_floor)
-    how = {"seeds": _seeds(options.seeds), "noise_floor": noise_floor}
-    locate(config, settings, token=get_token())  # a mistyped file, before anything is computed
-    made = cells(config, vary, **how, name=config.run_name())
-    estimate = estimate_study(facts_for(config, None, settings), made, measured_paces(settings))
     if options.estimate:
-        return _print_estimate(made, estimate, as_json=options.json)
-    if (unfitting := estimate.problems()) and not options.skip_unfitting:
-        raise ConfigError(*unfitting, "lower what they need, or go on without them: --skip-unfitting")
-    if not estimate.fitting:
-        raise ConfigError("no run of the study fits the memory", *unfitting)
-    study = StudyStore(settings).create(
-        config, vary, **how, kind=kind, name=config.name, only=estimate.fitting, token=get_token()
-    )
-    print(f"{sentence(made)}; {fit_sentence(estimate)}", file=sys.stderr)
+        return _print_estimate(found, as_json=options.json)
+    found.check_fits(skip=options.skip_unfitting, way_out="them: --skip-unfitting")
+    study = found.create(settings, token=get_token())
+    print(f"{sentence(found.cells)}; {fit_sentence(found.estimate)}", file=sys.stderr)
     return _start_and_follow(study, options, settings)
 
 
+def _wanted(options: argparse.Namespace) -> Wanted:
+    """Raises ConfigError with all that is wrong."""
+    kind = options.kind or (GRID if options.vary or options.seeds else LORA_VS_QLORA)
+    vary, seeds = dict(KINDS[kind].vary) if kind in KINDS else {}, _seeds(options.seeds)
+    vary |= _varied(options.vary)
+    if problems := grid_problems(vary, seeds):
+        raise ConfigError(*problems)
+    return Wanted(kind, vary, seeds, options.noise_floor)
+
+
 def _varied(given: list[str]) -> dict[str, list[Any]]:
-    """ "rank=4,8" -> {"rank": [4, 8]}; of a list of names, one value is written with + between them. Raises ConfigError."""
+    """ "rank=4,8" -> {"rank": [4, 8]}. Raises ConfigError with all that is wrong."""
     found, problems = {}, []
     for text in given:
         field, equals, values = text.partition("=")
@@ -142,9 +138,8 @@ def _varied(given: list[str]) -> dict[str, list[Any]]:
         if not equals or not values.strip():
             problems.append(f"--vary is {text!r}; write a setting and its values: rank=4,8,16")
             continue
-        options = [part.strip() for part in values.split(",") if part.strip()]
         try:
-            found[field] = [converted(TrainConfig, field, part.split("+") if "+" in part else part) for part in options]
+            found[field] = values_of(field, values)
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -159,7 +154,8 @@ def _seeds(text: str) -> list[int]:
         raise ConfigError(f"--seeds is {text!r}; write whole numbers with commas between them: 42,43,44") from None
 
 
-def _print_estimate(made: list[Cell], found: StudyEstimate, *, as_json: bool) -> int:
+def _print_estimate(plan: StudyPlan, *, as_json: bool) -> int:
+    found = plan.estimate
     if as_json:
         print_json({
             "runs": [
@@ -171,7 +167,7 @@ def _print_estimate(made: list[Cell], found: StudyEstimate, *, as_json: bool) ->
             "seconds": found.seconds,
         })  # fmt: skip
         return 0
-    print(sentence(made))
+    print(sentence(plan.cells))
     for cell in found.cells:
         needed = size(cell.plan.estimate.needed_bytes) if cell.plan else "unknown"
         print(
@@ -343,12 +339,5 @@ def _report(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _pick(options: argparse.Namespace, settings: Settings) -> int:
-    store, problems, runs = RunStore(settings), [], []
-    for run_id in options.runs:
-        try:
-            runs.append(store.get(run_id))
-        except RunError as error:
-            problems += error.problems
-    if problems:
-        raise RunError(*problems)
-    return _start_and_follow(StudyStore(settings).of_runs(runs), options, settings)
+    study = StudyStore(settings).of_runs(RunStore(settings).get_all(options.runs))
+    return _start_and_follow(study, options, settings)

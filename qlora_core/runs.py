@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,18 @@ class RunStore:
             return Run(self.settings.runs / close[0], self.settings)
         hint = f"it could be {', '.join(close)}" if close else "`python -m qlora_core runs list` shows those there are"
         raise RunError(f"there is no run {run_id!r}; {hint}")
+
+    def get_all(self, run_ids: Iterable[str]) -> "list[Run]":
+        """Raises RunError naming every one that is not there."""
+        found, problems = [], []
+        for run_id in run_ids:
+            try:
+                found.append(self.get(run_id))
+            except RunError as error:
+                problems += error.problems
+        if problems:
+            raise RunError(*problems)
+        return found
 
     def list(self) -> list[Run]:
         """Newest first."""

@@ -31,7 +31,7 @@ from test_browser import CHROMIUM, chromium  # noqa: F401 - a fixture
 from test_ui import EVIL, built, loops_of_gradio, served  # noqa: F401 - a fixture
 from test_ui_train import SHAPE, values_of
 
-from qlora_core import architecture, cli, cli_compare, events
+from qlora_core import architecture, cli, cli_compare, events, study_plan
 from qlora_core.errors import ConfigError
 from qlora_core.planner.studying import PlannedCell, StudyEstimate, estimate_study
 from qlora_core.run_status import FINISHED, QUEUED
@@ -40,7 +40,7 @@ from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.study_grid import KINDS
 from qlora_core.study_results import Analysis
-from qlora_core.ui import study_endpoints, study_found, study_plan, study_view
+from qlora_core.ui import study_asked, study_endpoints, study_found, study_view
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.compare_tab import CompareTab, study_named
 from qlora_core.ui.train_tab import TrainTab
@@ -136,8 +136,8 @@ def test_before_a_click_stands_what_it_will_make(tab, base, chosen):
 def test_the_plan_is_the_study_of_the_same_command(tab, base, chosen, monkeypatch):
     made: list[Any] = []
     nothing = StudyEstimate((), 0, None)
-    monkeypatch.setattr(cli_compare, "facts_for", lambda *_: None)
-    monkeypatch.setattr(cli_compare, "estimate_study", lambda _, cells, __: made.extend(cells) or nothing)
+    monkeypatch.setattr(cli_compare, "facts_for", lambda *_: SimpleNamespace(architecture=None))
+    monkeypatch.setattr(study_plan, "estimate_study", lambda _, cells, __: made.extend(cells) or nothing)
     tab.form.train.look(chosen, base)
     asked = {
         "seeds": "1, 2",
@@ -152,7 +152,7 @@ def test_the_plan_is_the_study_of_the_same_command(tab, base, chosen, monkeypatc
     ):
         values = typed(tab, base, choices=choices, quant_type="fp4")
         found = tab.form._plan(tab.form._asked(values), chosen, values[len(tab.form.choices) :], look=False)
-        words = shlex.split(study_plan.command(found).replace("\\\n", " "))
+        words = shlex.split(study_asked.command(found).replace("\\\n", " "))
         assert words[:4] == ["python", "-m", "qlora_core", "compare"]
         made.clear()
         assert cli.main([*words[3:], "--estimate"]) == 0
@@ -198,7 +198,7 @@ def test_a_study_whose_runs_are_being_made_is_no_crash_and_is_not_made_twice(tab
         entry.unlink()
     found = StudyStore(settings).get(first)
     assert found.status().state == "crashed"
-    plan = tab.form._plan(study_plan.Asked("lora-vs-qlora"), chosen, values[len(tab.form.choices) :], look=True)
+    plan = tab.form._plan(study_asked.Asked("lora-vs-qlora"), chosen, values[len(tab.form.choices) :], look=True)
     again = {"kind": plan.kind, "name": plan.name, "noise_floor": True, "only": plan.estimate.fitting}
     with held_by_another_process(found.path / "lock"):
         assert study_view.statuses(settings)[0].state == QUEUED

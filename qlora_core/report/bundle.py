@@ -12,6 +12,7 @@ from typing import Any
 from qlora_core.config import TrainConfig, replace
 from qlora_core.data.hub_source import PREFIX
 from qlora_core.study_grid import KINDS
+from qlora_core.study_plan import vary_option
 from qlora_core.study_results import ARM, StudyResults, StudyRun
 from qlora_core.verdicts import verdicts
 
@@ -99,7 +100,7 @@ def command(results: StudyResults) -> str:
     known = KINDS.get(results.kind)
     words += ["--kind", results.kind] if known else []
     for name, values in results.vary.items():
-        words += ["--vary", f"{name}={','.join(map(_word, values))}"]
+        words += ["--vary", vary_option(name, values)]
     if len(results.seeds) > 1:
         words += ["--seeds", ",".join(map(str, results.seeds))]
     if has_floor(results) or (known and known.noise_floor):
@@ -114,13 +115,6 @@ def reproducible(results: StudyResults) -> bool:
 
 def has_floor(results: StudyResults) -> bool:
     return any(run.role != ARM for run in results.runs)
-
-
-def _word(value: Any) -> str:
-    """As --vary reads it: names of one value with + between them."""
-    if isinstance(value, (list, tuple)):
-        return "+".join(map(str, value)) or "none"
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def common_config(results: StudyResults) -> TrainConfig | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core.errors import LabError, RunError
+from qlora_core.errors import LabError
 from qlora_core.run_status import ACTIVE, FINISHED
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
@@ -17,7 +17,7 @@ from qlora_core.study_status import StudyStatus
 from qlora_core.ui import run_view, study_found, study_view
 from qlora_core.ui.downloads import follow, link, study_zip
 from qlora_core.ui.plots import gallery
-from qlora_core.ui.runs_tab import NOT_ATTACHED, SELECT
+from qlora_core.ui.runs_tab import NOT_ATTACHED, SELECT, small_button
 from qlora_core.ui.study_form import StudyForm
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.words import problems_panel
@@ -72,16 +72,16 @@ class CompareTab:
         self.head = gr.HTML("", elem_id="study-head")
         self.strip = gr.HTML("", css_template=study_view.STRIP_CSS, js_on_load=study_view.PICK, elem_id="study-strip")
         with gr.Row(elem_id="study-buttons"):
-            self.stop = _button("Stop and save", "study-stop")
-            self.resume = _button("Resume", "study-resume", variant="primary")
-            self.report = _button("Download report", "study-report", variant="primary")
-            self.again = _button("Analyse again", "study-again")
-            self.delete = _button("Delete", "study-delete")
+            self.stop = small_button("Stop and save", "study-stop")
+            self.resume = small_button("Resume", "study-resume", variant="primary")
+            self.report = small_button("Download report", "study-report", variant="primary")
+            self.again = small_button("Analyse again", "study-again")
+            self.delete = small_button("Delete", "study-delete")
         with gr.Row(visible=False, elem_id="study-confirm", elem_classes="lab-ask") as self.confirm:
             gr.HTML('<p class="lab-warn">Delete this study for good?</p>', min_width=220)
-            self.really = _button("Delete, keep its runs", "study-really", variant="stop", visible=True)
-            self.with_runs = _button("Delete with its runs", "study-really-runs", variant="stop", visible=True)
-            self.keep = _button("Keep it", "study-keep", visible=True)
+            self.really = small_button("Delete, keep its runs", "study-really", variant="stop", visible=True)
+            self.with_runs = small_button("Delete with its runs", "study-really-runs", variant="stop", visible=True)
+            self.keep = small_button("Keep it", "study-keep", visible=True)
         self.page_problem = gr.HTML("", elem_id="study-page-problem")
         self.verdict = gr.HTML("", css_template=study_found.VERDICTS_CSS, elem_id="study-verdict")
         self.first = gallery(elem_id="study-first", empty=WAITING)
@@ -122,7 +122,7 @@ class CompareTab:
         tab.select(None, self.selected, None, js=SHOW_IN_URL, **hidden)
         for other in others:
             other.select(None, self.selected, None, js=LEAVE_URL, **hidden)
-        self.table.select(self.choose, None, [self.selected, self.page_problem], **hidden)
+        self.table.select(self.choose, None, [self.selected, self.page_problem], trigger_mode="always_last", **hidden)
         self.pick.click(self.compare_picked, self.picked, [self.pick_problem, self.selected, self.picked], **hidden)
         self.selected.change(None, self.selected, None, js=SHOW_IN_URL, **hidden).then(
             self.tick, state, self.outputs, **hidden
@@ -150,16 +150,8 @@ class CompareTab:
 
     def compare_picked(self, run_ids: list[str] | None) -> tuple[str, Any, Any]:
         """(problems, id of the study, what is picked)"""
-        store, runs, problems = RunStore(self.settings), [], []
-        for run_id in run_ids or []:
-            try:
-                runs.append(store.get(run_id))
-            except RunError as error:
-                problems += error.problems
         try:
-            if problems:
-                raise RunError(*problems)
-            study = StudyStore(self.settings).of_runs(runs)
+            study = StudyStore(self.settings).of_runs(RunStore(self.settings).get_all(run_ids or []))
             study.start()
         except LabError as error:
             return problems_panel(error.problems, title="These cannot be compared"), gr.skip(), gr.skip()
@@ -287,10 +279,6 @@ def _buttons_marker(status: StudyStatus | None) -> str:
     """Changes when other buttons fit."""
     analysis = status.analysis.state if status and status.analysis else ""
     return f"{status.study_id} {status.state} {status.done} {analysis}" if status else "none"
-
-
-def _button(label: str, elem_id: str, *, variant: str = "secondary", visible: bool = False) -> gr.Button:
-    return gr.Button(label, variant=variant, min_width=110, size="md", visible=visible, elem_id=elem_id)
 
 
 def study_named(settings: Settings, study_id: str) -> bool:

@@ -75,23 +75,23 @@ class RunsTab:
 
     def _build_buttons(self) -> None:
         with gr.Row(elem_id="run-buttons"):
-            self.stop = _button("Stop and save", "stop")
-            self.resume = _button("Resume", "resume", variant="primary")
-            self.download = _button("Download adapter", "run-download", variant="primary")
-            self.publish = _button("Merge …", "run-publish")
-            self.more = _button("Continue …", "more")
-            self.copy = _button("Copy settings", "copy", visible=True)
-            self.delete = _button("Delete", "delete")
+            self.stop = small_button("Stop and save", "stop")
+            self.resume = small_button("Resume", "resume", variant="primary")
+            self.download = small_button("Download adapter", "run-download", variant="primary")
+            self.publish = small_button("Merge …", "run-publish")
+            self.more = small_button("Continue …", "more")
+            self.copy = small_button("Copy settings", "copy", visible=True)
+            self.delete = small_button("Delete", "delete")
         with gr.Row(visible=False, elem_id="more-row", elem_classes="lab-ask") as self.more_row:
             self.more_steps = gr.Number(
                 label="Continue for more steps", precision=0, step=1, min_width=180, elem_id="more-steps"
             )
-            self.go_on = _button("Continue", "go-on", variant="primary", visible=True)
-            self.not_more = _button("Leave it", "not-more", visible=True)
+            self.go_on = small_button("Continue", "go-on", variant="primary", visible=True)
+            self.not_more = small_button("Leave it", "not-more", visible=True)
         with gr.Row(visible=False, elem_id="confirm", elem_classes="lab-ask") as self.confirm:
             gr.HTML('<p class="lab-warn">Delete this run with its adapter for good?</p>', min_width=280)
-            self.really = _button("Delete for good", "really-delete", variant="stop", visible=True)
-            self.keep = _button("Keep it", "keep", visible=True)
+            self.really = small_button("Delete for good", "really-delete", variant="stop", visible=True)
+            self.keep = small_button("Keep it", "keep", visible=True)
 
     @property
     def outputs(self) -> list[gr.components.Component]:
@@ -104,8 +104,9 @@ class RunsTab:
     def connect(self, hidden: dict[str, Any]) -> None:
         state = [self.selected, self.cursor]
         asked = [self.more_row, self.confirm]
-        self.table.select(self.choose, None, [self.selected, self.problem], **hidden)
-        self.waiting.select(self.move, None, self.waiting_problem, **hidden).then(
+        # A press while another is under way would be dropped: the last run chosen counts, and every move does.
+        self.table.select(self.choose, None, [self.selected, self.problem], trigger_mode="always_last", **hidden)
+        self.waiting.select(self.move, None, self.waiting_problem, trigger_mode="multiple", **hidden).then(
             self.tick, state, self.outputs, **hidden
         )
         # The address names the run, so that a reload and a shared link show it again.
@@ -289,7 +290,7 @@ def _closed() -> tuple[Any, Any]:
     return gr.Row(visible=False), gr.Row(visible=False)
 
 
-def _button(label: str, elem_id: str, *, variant: str = "secondary", visible: bool = False) -> gr.Button:
+def small_button(label: str, elem_id: str, *, variant: str = "secondary", visible: bool = False) -> gr.Button:
     return gr.Button(label, variant=variant, min_width=110, size="md", visible=visible, elem_id=elem_id)
 
 

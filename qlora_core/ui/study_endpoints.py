@@ -12,9 +12,10 @@ from qlora_core.options import converted
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore, measured_paces
 from qlora_core.study_grid import KINDS, grid_problems
+from qlora_core.study_plan import LORA_VS_QLORA, Wanted
 from qlora_core.study_results import StudyResults
 from qlora_core.ui import study_view
-from qlora_core.ui.study_plan import LORA_VS_QLORA, Wanted, plan, start_study
+from qlora_core.ui.study_asked import plan_of_form, start_study
 from qlora_core.verdicts import verdicts
 
 STUDY_KEYS = ("kind", "vary", "seeds", "noise_floor", "name", "skip_unfitting")
@@ -36,7 +37,7 @@ def add_study_endpoints(
         wanted, skip = wanted_of(study or {})
         settings_of_runs = config_of(config or {}, file)
         facts = facts_for(settings_of_runs, None, settings)
-        found = plan(wanted, settings_of_runs, facts, measured_paces(settings))
+        found = plan_of_form(wanted, settings_of_runs, facts, measured_paces(settings))
         return start_study(found, settings, skip=skip).status().to_json()
 
     @told

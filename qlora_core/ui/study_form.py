@@ -6,19 +6,19 @@ from typing import Any
 import gradio as gr
 
 from qlora_core.errors import LabError
+from qlora_core.planner.studying import Pace
 from qlora_core.settings import Settings
 from qlora_core.studies import measured_paces
 from qlora_core.study_grid import KINDS
+from qlora_core.study_plan import LORA_VS_QLORA, StudyPlan
 from qlora_core.ui.chosen import Chosen
-from qlora_core.ui.study_plan import (
+from qlora_core.ui.study_asked import (
     ANYTHING,
     LADDER,
-    LORA_VS_QLORA,
     PLAN_CSS,
     Asked,
-    StudyPlan,
-    plan,
     plan_html,
+    plan_of_form,
     refused_html,
     start_study,
     waiting_html,
@@ -157,19 +157,23 @@ class StudyForm:
     def planned(self, chosen: Chosen, *values: Any) -> tuple[str, str, str, Any]:
         """(LoRA vs QLoRA, rank ladder, the other one, whether runs may be left out)"""
         asked, form = self._asked(values), values[len(self.choices) :]
-        found = [self._told(one, chosen, form) for one in (Asked(LORA_VS_QLORA), Asked(LADDER), asked)]
+        paces = measured_paces(self.settings)
+        found = [self._told(one, chosen, form, paces) for one in (Asked(LORA_VS_QLORA), Asked(LADDER), asked)]
         unfitting = any(plan is not None and plan.estimate.problems() for plan, _ in found)
         pair, ladder, other = (told for _, told in found)
         return pair, ladder, other, gr.Checkbox(visible=unfitting)
 
     def other_planned(self, chosen: Chosen, *values: Any) -> tuple[str, Any]:
-        found, told = self._told(self._asked(values), chosen, values[len(self.choices) :])
+        form, paces = values[len(self.choices) :], measured_paces(self.settings)
+        found, told = self._told(self._asked(values), chosen, form, paces)
         # That of another button may need it, so it only comes here.
         return told, gr.Checkbox(visible=True) if found and found.estimate.problems() else gr.skip()
 
-    def _told(self, asked: Asked, chosen: Chosen, form: Sequence[Any]) -> tuple[StudyPlan | None, str]:
+    def _told(
+        self, asked: Asked, chosen: Chosen, form: Sequence[Any], paces: Sequence[Pace]
+    ) -> tuple[StudyPlan | None, str]:
         try:
-            found = self._plan(asked, chosen, form, look=False)
+            found = self._plan(asked, chosen, form, look=False, paces=paces)
         except LabError as error:
             return None, refused_html(error.problems)
         return found, plan_html(found) if found else waiting_html(LOOKING)
@@ -178,14 +182,16 @@ class StudyForm:
         kind, methods, ranks, seeds, floor, vary, name = values[: len(self.choices)]
         return Asked(kind, methods, ranks or "", seeds or "", bool(floor), vary or "", name or "")
 
-    def _plan(self, asked: Asked, chosen: Chosen, form: Sequence[Any], *, look: bool) -> StudyPlan | None:
+    def _plan(
+        self, asked: Asked, chosen: Chosen, form: Sequence[Any], *, look: bool, paces: Sequence[Pace] = ()
+    ) -> StudyPlan | None:
         """None where rows and layers were not looked at yet, and are not to be now. Raises LabError with all that is wrong."""
         try:
             config, facts = self.train.settings_and_facts(chosen, form, look=look)
         except LabError as error:
             raise type(error)(*error.problems, *asked.problems()) from None
         wanted = asked.wanted()
-        return plan(wanted, config, facts, measured_paces(self.settings)) if facts else None
+        return plan_of_form(wanted, config, facts, paces) if facts else None
 
     # -- and its start
 

@@ -1,26 +1,25 @@
-"""A study before it starts: what was typed -> its runs, what they need, how long they take, and the equal command line."""
+"""What is asked for on the Compare tab, as it was typed -> a plan; and a plan in words, with the equal command line."""
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_core.config import TrainConfig, replace
+from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError
-from qlora_core.options import converted
 from qlora_core.planner.facts import Facts
-from qlora_core.planner.studying import Pace, StudyEstimate, estimate_study, fit_sentence
+from qlora_core.planner.studying import Pace, fit_sentence
 from qlora_core.settings import Settings
-from qlora_core.studies import StudyStore
 from qlora_core.study import GRID, Study
-from qlora_core.study_grid import KINDS, Cell, cells, fill_notes, filled, grid_problems, sentence
+from qlora_core.study_grid import KINDS, grid_problems, sentence
+from qlora_core.study_plan import StudyPlan, Wanted, plan, values_of, vary_option
 from qlora_core.ui.form import command_line
 from qlora_core.ui.train_tab import what_stops
 from qlora_core.ui.words import duration, esc, problems_panel, size
 
-LORA_VS_QLORA, LADDER, ANYTHING = "lora-vs-qlora", "rank-ladder", GRID
+LADDER, ANYTHING = "rank-ladder", GRID
 # Runs in the list of a plan, and those named where they do not fit.
 LISTED, NAMED = 12, 3
 PLAN_CSS = """
@@ -34,17 +33,6 @@ PLAN_CSS = """
 .plan .estimate i { float: right; font-style: normal; font-size: .8rem; color: var(--muted); margin-left: 10px; }
 .plan.waits { color: var(--muted); }
 """
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A study that is asked for: `vary` holds all that varies, `noise_floor` None leaves it to the kind."""
-
-    kind: str
-    vary: dict[str, list[Any]]
-    seeds: list[int] = field(default_factory=list)
-    noise_floor: bool | None = None
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,60 +72,17 @@ class Asked:
         return ()
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """What Start will make."""
-
-    config: TrainConfig
-    kind: str
-    vary: dict[str, list[Any]]
-    seeds: list[int]
-    noise_floor: bool
-    name: str
-    cells: list[Cell]
-    estimate: StudyEstimate
-    # What of `vary` the kind does not say by itself.
-    said: dict[str, list[Any]] = field(default_factory=dict)
-    # What this model's layers leave out of it.
-    notes: list[str] = field(default_factory=list)
-
-    def check_fits(self, *, skip: bool) -> None:
-        """Raises ConfigError where a run would not fit, unless the others are to be trained and some fit."""
-        problems = self.estimate.problems()
-        if not self.estimate.fitting:
-            raise ConfigError(*problems, "no run of the study fits the memory; lower what it needs")
-        if problems and not skip:
-            raise ConfigError(*problems, "lower what they need, or go on without the runs that do not fit")
-
-
-def plan(wanted: Wanted, config: TrainConfig, facts: Facts, paces: Sequence[Pace]) -> StudyPlan:
-    """`config` and `facts` as of a single run. Raises ConfigError with all that is wrong."""
+def plan_of_form(wanted: Wanted, config: TrainConfig, facts: Facts, paces: Sequence[Pace]) -> StudyPlan:
+    """As `plan`, named for what is compared, and with what stops a single run. Raises ConfigError with all that is wrong."""
     if problems := what_stops(facts):
         raise ConfigError(*problems)
-    kind = KINDS.get(wanted.kind)
-    said = {name: values for name, values in wanted.vary.items() if kind is None or kind.vary.get(name) != values}
-    notes = fill_notes(wanted.vary, facts.architecture) if facts.architecture else []
-    vary = filled(wanted.vary, facts.architecture) if facts.architecture else wanted.vary
-    floor = wanted.noise_floor if wanted.noise_floor is not None else bool(kind and kind.noise_floor)
-    name = wanted.name.strip() or default_name(wanted.kind, config)
-    made = cells(config, vary, seeds=wanted.seeds, noise_floor=floor, name=name)
-    estimate = estimate_study(facts, made, paces)
-    named = wanted.kind if kind else GRID
-    return StudyPlan(config, named, vary, wanted.seeds, floor, name, made, estimate, said, notes)
+    return plan(replace(wanted, name=wanted.name.strip() or default_name(wanted.kind, config)), config, facts, paces)
 
 
 def start_study(found: StudyPlan, settings: Settings, *, skip: bool) -> Study:
     """The study of this plan, queued; while such a one is under way, that one. Raises LabError."""
-    found.check_fits(skip=skip)
-    study = StudyStore(settings).create(
-        found.config,
-        found.vary,
-        seeds=found.seeds,
-        noise_floor=found.noise_floor,
-        kind=found.kind,
-        name=found.name,
-        only=found.estimate.fitting,
-    )
+    found.check_fits(skip=skip, way_out="the runs that do not fit")
+    study = found.create(settings)
     study.start()
     return study
 
@@ -161,13 +106,12 @@ def _settings(what: str, text: str, problems: list[str]) -> dict[str, list[Any]]
     for line in filter(None, map(str.strip, text.splitlines())):
         name, equals, values = line.partition("=")
         name = name.strip().lower().replace(" ", "_").replace("-", "_")
-        options = [part.strip() for part in values.split(",") if part.strip()]
-        if not equals or not options:
+        if not equals or not values.strip(" ,"):
             remedy = "write a setting and its values: learning_rate = 1e-4, 2e-4"
             problems.append(f"{what}: {line!r} has no values; {remedy}")
             continue
         try:
-            found[name] = [converted(TrainConfig, name, part.split("+") if "+" in part else part) for part in options]
+            found[name] = values_of(name, values)
         except ConfigError as error:
             problems += [f"{what}: {problem}" for problem in error.problems]
     return found
@@ -232,15 +176,8 @@ def refused_html(problems: Sequence[str]) -> str:
 def command(found: StudyPlan) -> str:
     """What makes the same study in a shell."""
     words = [f"--kind {found.kind}"] if found.kind in KINDS else []
-    words += [f"--vary {shlex.quote(name + '=' + ','.join(map(_word, values)))}" for name, values in found.said.items()]
+    words += [f"--vary {shlex.quote(vary_option(name, values))}" for name, values in found.said.items()]
     words += [f"--seeds {','.join(map(str, found.seeds))}"] if found.seeds else []
     if found.noise_floor != bool(found.kind in KINDS and KINDS[found.kind].noise_floor):
         words.append("--noise-floor" if found.noise_floor else "--no-noise-floor")
     return command_line(replace(found.config, name=found.name), "compare", *words)
-
-
-def _word(value: Any) -> str:
-    """As --vary reads it: names of one value with + between them."""
-    if isinstance(value, (list, tuple)):
-        return "+".join(map(str, value)) or "none"
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
