@@ -9,25 +9,26 @@ import base64
 import hashlib
 import json
 import re
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-import uvicorn
+import hub_lfs  # noqa: F401 - adds its endpoints
 import yaml
-from hub_state import Commit, File, Refused, Repo, State, Token, is_lfs
+from hub_endpoints import ENDPOINTS, Call, endpoint, ranged
+from hub_state import Commit, File, Refused, Repo, State, is_lfs
+from hub_tokens import OAUTH
 from hub_xet import XetStore
-from starlette.datastructures import Headers
+from loopback import serving
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+CUT, HOLD = 0, -1  # in place of a status
 KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
 
@@ -41,70 +42,35 @@ class Seen:
     authorization: str | None
 
 
-@dataclass(frozen=True)
-class Call:
-    """A request as a handler needs it; `token` is None for a stranger."""
-
-    method: str
-    headers: Headers
-    query: Mapping[str, str]
-    body: bytes
-    token: Token | None
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-# (methods, pattern of the path, handler, whether it writes)
-ENDPOINTS: list[tuple[list[str], re.Pattern[str], Callable[..., Response], bool]] = []
-_REPO = "(?P<owner>[^/]+)/(?P<name>[^/]+)"
-_PARTS = {
-    "{repo}": "(?P<kind>models|datasets|spaces)/" + _REPO,  # in the API
-    "{page}": "(?:(?P<kind>datasets|spaces)/)?" + _REPO,  # elsewhere; a model has no prefix
-}
-
-
-def endpoint(methods: str, path: str, *, write: bool = False) -> Callable[..., Any]:
-    """A handler of requests to `path`, where {name} is one quoted segment, {name*} any number of them, and {repo} or {page} a
-    repository: that is looked up first, with the rights of who asks, and passed as `repo`."""
-    for part, pattern in _PARTS.items():
-        path = path.replace(part, pattern)
-    path = re.sub(r"\{(\w+)(\*?)\}", lambda m: f"(?P<{m[1]}>{'.+' if m[2] else '[^/]+'})", path)
-
-    def add(handler: Callable[..., Response]) -> Callable[..., Response]:
-        ENDPOINTS.append((methods.split(), re.compile(path), handler, write))
-        return handler
-
-    return add
-
-
 class Hub(State):
-    """The endpoints. `faults` answers requests with a status: (method, regular expression of the path, status); a test adds
-    and removes them."""
+    """The endpoints. `faults` answers requests with a status: (method, regular expression of the path, status), and a message
+    where there is one; a test adds and removes them."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__(folder)
         self.url, self.cdn_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         self.requests: list[Seen] = []
         self.xet = XetStore(folder.resolve() / "xet")
-        self.faults: list[tuple[str, str, int]] = []
-        self.once: list[tuple[str, str, int]] = []  # as `faults`, each for one request; status 0 cuts the connection
+        self.faults: list[tuple[Any, ...]] = []
+        # As `faults`, each for one request. CUT ends the connection when some of what is sent has come; HOLD lets the client
+        # wait there until it goes, and `holding` tells that it waits.
+        self.once: list[tuple[Any, ...]] = []
+        self.holding = threading.Event()
         self.stop: Callable[[], None] = lambda: None
 
     def _lookup(self, call: Call, kind: str, repo_id: str, *, write: bool) -> Repo:
         repo, owner = self.repos.get((kind, repo_id)), repo_id.partition("/")[0]
-        if repo is None or (repo.private and not (call.token and call.token.reads(owner))):
+        if repo is None or (repo.private and not (call.token and call.token.reads(owner, repo))):
             raise Refused(404 if call.token else 401, "Repository not found", "RepoNotFound")
         if write and not call.token:
             raise Refused(401, "Invalid username or password.")
-        if write and call.token and not call.token.writes(owner):
+        if write and call.token and not call.token.writes(owner, repo):
             raise Refused(403, "Forbidden: you must use a write token to upload to a repository.")
         return repo
 
     def _granted(self, call: Call, repo: Repo) -> None:
         """Of a gated repository all may see that it is there and what it holds; the contents only who was let in."""
-        if repo.gated and not (call.token and (call.token.user in repo.granted or call.token.reads(repo.owner))):
+        if repo.gated and not (call.token and (call.token.user in repo.granted or call.token.reads(repo.owner, repo))):
             message = f"Access to dataset {repo.id} is restricted."
             raise Refused(403 if call.token else 401, message, "GatedRepo")
 
@@ -114,11 +80,7 @@ class Hub(State):
     def whoami(self, call: Call) -> Response:
         if call.token is None:
             raise Refused(401, "Invalid username or password.")
-        user, roles = call.token.user, call.token.organizations
-        names = {"type": "user", "id": user, "name": user, "fullname": user, "isPro": False}
-        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in roles.items()]
-        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": call.token.role}}
-        return JSONResponse(names | {"orgs": orgs, "auth": auth})
+        return JSONResponse(call.token.to_json())
 
     @endpoint("POST", "/api/repos/create")
     def create(self, call: Call) -> Response:
@@ -132,7 +94,8 @@ class Hub(State):
             raise Refused(403, f"You don't have the rights to create a {kind[:-1]} under the namespace {owner!r}")
         if (kind, repo_id) in self.repos:
             return JSONResponse({"error": "You already created this repo", "url": url}, 409)
-        self.add_repo(repo_id, kind=kind, private=asked.get("visibility") == "private")
+        made = self.add_repo(repo_id, kind=kind, private=asked.get("visibility") == "private")
+        made.by_app = call.token.role == OAUTH
         return JSONResponse({"url": url, "name": repo_id})
 
     @endpoint("POST", "/api/validate-yaml")
@@ -161,6 +124,10 @@ class Hub(State):
     @endpoint("GET", "/api/{repo}/auth-check")
     def auth_check(self, call: Call, repo: Repo) -> Response:
         self._granted(call, repo)
+        return JSONResponse({})
+
+    @endpoint("GET", "/api/{repo}/auth-check/write", write=True)
+    def auth_check_write(self, call: Call, repo: Repo) -> Response:
         return JSONResponse({})
 
     @endpoint("GET", "/api/{repo}/tree/{revision}(?:/{path*})?")
@@ -202,19 +169,9 @@ class Hub(State):
         if file is None:
             raise Refused(404, "Entry not found", "EntryNotFound", _at(commit))
         if not file.lfs:
-            return _ranged(call, self.content(file), {**_at(commit), "ETag": f'"{file.oid}"'})
+            return ranged(call, self.content(file), {**_at(commit), "ETag": f'"{file.oid}"'})
         linked = {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
         return Response(None, 302, {**_at(commit), **linked, "Location": f"{self.cdn_url}/cdn/{file.sha256}"})
-
-    @endpoint("GET HEAD PUT", "/cdn/{sha256}")
-    def cdn(self, call: Call, sha256: str) -> Response:
-        path, headers = self.objects / sha256, {"ETag": f'"{sha256}"'}
-        if call.method != "PUT":
-            return _ranged(call, path.read_bytes(), headers)
-        if hashlib.sha256(call.body).hexdigest() != sha256:
-            raise Refused(400, "The content does not match its hash")
-        path.write_bytes(call.body)
-        return Response(None, 200, headers)
 
     # Writing
 
@@ -227,29 +184,6 @@ class Hub(State):
             mode = "lfs" if lfs else "regular"
             answers.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return JSONResponse({"files": answers})
-
-    @endpoint("POST", r"/{page}\.git/info/lfs/objects/batch", write=True)
-    def lfs_batch(self, call: Call, repo: Repo) -> Response:
-        objects = []
-        for asked in call.json["objects"]:
-            upload = {"href": f"{self.cdn_url}/cdn/{asked['oid']}"}
-            actions = {"upload": upload, "verify": {"href": f"{self.url}/api/{repo.kind}/{repo.id}/lfs-verify"}}
-            there = (self.objects / asked["oid"]).exists()
-            objects.append({"oid": asked["oid"], "size": asked["size"]} | ({} if there else {"actions": actions}))
-        return JSONResponse({"transfer": "basic", "objects": objects})
-
-    @endpoint("POST", "/api/{repo}/lfs-verify", write=True)
-    def lfs_verify(self, call: Call, repo: Repo) -> Response:
-        path = self.objects / call.json["oid"]
-        if not path.exists() or path.stat().st_size != call.json["size"]:
-            raise Refused(404, "Object not found")
-        return JSONResponse({})
-
-    @endpoint("GET", "/api/{repo}/xet-write-token/{revision}", write=True)
-    def xet_write_token(self, call: Call, repo: Repo, revision: str) -> Response:
-        token = {"casUrl": self.xet.new_url(), "accessToken": "of-the-store", "exp": int(time.time()) + 3600}
-        names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
-        return JSONResponse(token, 200, {header: str(token[name]) for name, header in names.items()})
 
     @endpoint("POST", "/api/{repo}/commit/{revision}", write=True)
     def make_commit(self, call: Call, repo: Repo, revision: str) -> Response:
@@ -303,10 +237,15 @@ class Hub(State):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, path = Request(scope, receive), scope["raw_path"].decode()
         fault = next((f for f in self.once if f[0] == request.method and re.search(f[1], path)), None)
-        if fault and fault[2] == 0:
+        if fault and fault[2] in (CUT, HOLD):
             self.once.remove(fault)
             await receive()  # the first part of what is sent has come
-            receive.__self__.transport.abort()  # type: ignore[attr-defined]
+            if fault[2] == CUT:
+                receive.__self__.transport.abort()  # type: ignore[attr-defined]
+                return
+            self.holding.set()
+            while (await receive())["type"] != "http.disconnect":
+                pass
             return
         await self._answer(request, path, await request.body())(scope, receive, send)
 
@@ -315,13 +254,13 @@ class Hub(State):
         self.requests.append(Seen(request.method, request.headers.get("host", ""), path, sent))
         try:
             for fault in (*self.once, *self.faults):
-                method, where, status = fault
+                method, where, status, *told = fault
                 if method == request.method and re.search(where, path):
                     if fault in self.once:
                         self.once.remove(fault)
-                    raise Refused(status, "A fault that the test asked for")
+                    raise Refused(status, *(told or ["A fault that the test asked for"]))
             token = self.tokens.get((sent or "").removeprefix("Bearer "))
-            if sent and token is None:
+            if sent and (token is None or not token.is_valid):
                 raise Refused(401, "Invalid credentials in Authorization header")
             call = Call(request.method, request.headers, request.query_params, body, token)
             for methods, pattern, handler, write in ENDPOINTS:
@@ -366,36 +305,9 @@ def _sibling(path: str, file: File, *, blobs: bool) -> dict[str, Any]:
     return {"rfilename": path, "size": file.size, "blobId": file.oid, **lfs}
 
 
-def _ranged(call: Call, content: bytes, headers: dict[str, str]) -> Response:
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("range", ""))
-    headers |= {"Accept-Ranges": "bytes"}
-    if not asked:
-        return Response(content, 200, headers)
-    start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
-    if start > end:
-        return Response(None, 416, {**headers, "Content-Range": f"bytes */{len(content)}"})
-    return Response(content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})
-
-
 @contextmanager
 def hub(folder: Path) -> Iterator[Hub]:
     """Serves on a free port of 127.0.0.1 until the block ends or `stop()`; contents lie below the folder."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(128)  # so that requests wait rather than fail until the thread serves
-        served = Hub(folder, listening.getsockname()[1])
-        config = uvicorn.Config(served, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-
-        def stop() -> None:
-            server.should_exit = True
-            thread.join(timeout=20)
-            listening.close()
-
+    with serving(lambda port: Hub(folder, port)) as (served, stop):
         served.stop = stop
-        thread.start()
-        try:
-            yield served
-        finally:
-            stop()
+        yield served

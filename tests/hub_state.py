@@ -1,16 +1,17 @@
 """What a Hub for tests holds: users, tokens, repositories with their history, contents by hash. Knows no protocol."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hub_tokens import FINE_GRAINED, OAUTH, Token
+
 # What the .gitattributes of a new repository lists, in short; files above the size are LFS too.
 LFS_SUFFIXES = (".parquet", ".arrow", ".safetensors", ".bin", ".gguf", ".zip", ".gz", ".png", ".wav")
 LFS_BYTES = 5_000_000
-WRITERS = ("admin", "write", "contributor")
 
 
 class Refused(Exception):
@@ -18,19 +19,6 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
-
-
-@dataclass(frozen=True)
-class Token:
-    user: str
-    role: str  # "read" | "write"
-    organizations: Mapping[str, str]  # those of the user -> role there
-
-    def writes(self, owner: str) -> bool:
-        return self.role == "write" and (owner == self.user or self.organizations.get(owner) in WRITERS)
-
-    def reads(self, owner: str) -> bool:
-        return owner == self.user or owner in self.organizations
 
 
 @dataclass(frozen=True)
@@ -70,6 +58,7 @@ class Repo:
     granted: set[str] = field(default_factory=set)  # names that a gated repository lets in
     commits: list[Commit] = field(default_factory=list)  # all of them, of every branch, in order
     refs: dict[str, str] = field(default_factory=dict)  # refs/heads/main -> oid
+    by_app: bool = False  # made with a token from a sign-in
 
     @property
     def owner(self) -> str:
@@ -101,6 +90,9 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.objects = folder / "objects"  # contents by SHA-256
         self.objects.mkdir(parents=True, exist_ok=True)
+        self.parts: dict[tuple[str, int], bytes] = {}  # of uploads in parts, until they are complete
+        self.part_bytes: int | None = None  # larger uploads come in parts of that size
+        self.private_space_bytes: int | None = None  # more than that is refused in private repositories
         self.users: dict[str, Mapping[str, str]] = {}  # name -> organizations and the role there
         self.tokens: dict[str, Token] = {}
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -111,6 +103,21 @@ class State:
     def add_token(self, user: str, role: str = "write", *, text: str = "") -> str:
         text = text or f"hf_{role}{len(self.tokens)}{user}"
         self.tokens[text] = Token(user, role, self.users[user])
+        return text
+
+    def add_fine_grained_token(self, user: str, scoped: Mapping[str, Sequence[str]], *, text: str) -> str:
+        """`scoped` as in Token: "org:acme" -> ["repo.write"]."""
+        self.tokens[text] = Token(user, FINE_GRAINED, self.users[user], scoped=scoped)
+        return text
+
+    def add_oauth_token(
+        self, user: str, scopes: str, *, granted: Sequence[str] = (), expires: float | None = None, text: str
+    ) -> str:
+        """What a sign-in gives to an app: scopes as in "openid profile contribute-repos"."""
+        into = frozenset(granted)
+        self.tokens[text] = Token(
+            user, OAUTH, self.users[user], scopes=frozenset(scopes.split()), granted=into, expires=expires
+        )
         return text
 
     def add_repo(
@@ -153,6 +160,12 @@ class State:
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         content = pointer if lfs else (self.objects / sha256).read_bytes()
         return File(size, sha256, hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), lfs)
+
+    def keep(self, sha256: str, content: bytes) -> None:
+        """An upload in one piece; only what is what it claims to be is kept."""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise Refused(400, "The content does not match its hash")
+        (self.objects / sha256).write_bytes(content)
 
     def content(self, file: File) -> bytes:
         return (self.objects / file.sha256).read_bytes()
