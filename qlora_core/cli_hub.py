@@ -16,7 +16,7 @@ from qlora_core.errors import HubError, RunError
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 
-FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan")
+FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan", "agreed", "yes")
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -42,6 +42,11 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plan", action="store_true", help="of a run: say what a push would change, and change nothing"
     )
+    agreeing = command.add_mutually_exclusive_group()
+    agreeing.add_argument(
+        "--agreed", metavar="DIGEST", help="make the change that --plan has shown under this digest, and no other"
+    )
+    agreeing.add_argument("--yes", action="store_true", help="make any change, and whatever the dataset's licence says")
     command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)  # jobs of the page
     command.set_defaults(command=_push)
 
@@ -52,6 +57,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command = commands.add_parser("rollback", parents=[common], help="a new commit on the Hub with an earlier version")
     command.add_argument("repo_id", metavar="OWNER/NAME")
     command.add_argument("version")
+    command.add_argument("--force", action="store_true", help="over what others changed there")
+    command.add_argument("--plan", action="store_true", help="say what it would change, and change nothing")
     command.set_defaults(command=_rollback)
 
 
@@ -73,12 +80,21 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
             f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run"
         )
     else:
-        result = _push_run(options, settings, reporter)
+        try:
+            result = _push_run(options, settings, reporter)
+        except publishing.NotAgreed as error:
+            if not options.json:
+                raise
+            print(error, file=sys.stderr)
+            result = _shown(error.agreement)
+            reporter.end(jobs.DONE, result=result)
+            print_json(result)
+            return 2
     reporter.end(jobs.DONE, result=result)
     if options.json:
         print_json(result)
     elif "plan" in result:
-        print("\n".join(result["plan"]))
+        print("\n".join([*result["plan"], *result["warnings"], f"to agree to it: --agreed {result['agree']}"]))
     elif not result["changed"]:
         print(f"{result['url']}: nothing has changed")
     else:
@@ -120,11 +136,14 @@ def _push_run(options: argparse.Namespace, settings: Settings, report: jobs.Repo
     if how.onto and how.what == "adapter":
         raise RunError("--onto: only for --what merged; an adapter is not merged")
     push = publishing.prepare(run, options.repo_id, how, token=_token(options), report=report)
-    planned = push.plan()
     if options.plan:
-        return {"plan": planned.sentences(), "changed": False}
-    print("\n".join(planned.sentences()), file=sys.stderr)
-    return publishing.publish(run, push, planned)
+        return _shown(publishing.agreement(run, push))
+    return publishing.publish(run, push, publishing.UNSEEN if options.yes else options.agreed)
+
+
+def _shown(asked: publishing.Agreement) -> dict[str, Any]:
+    told = {"plan": list(asked.sentences), "warnings": list(asked.warnings), "agree": asked.digest}
+    return {**told, "needed": asked.needed, "changed": False}
 
 
 def _versions(options: argparse.Namespace, settings: Settings) -> int:
@@ -150,9 +169,12 @@ def _metrics(release: hub.Release) -> str:
 
 
 def _rollback(options: argparse.Namespace, settings: Settings) -> int:
-    back = hub.rollback(options.repo_id, options.version, _token(options))
+    back = hub.rollback(options.repo_id, options.version, _token(options), force=options.force, plan=options.plan)
     if options.json:
         print_json(asdict(back))
+    elif options.plan:
+        for doing, names in (("restores", back.restores), ("removes", back.removes)):
+            print(f"{doing} {', '.join(names) or 'nothing'}")
     else:
         print(f"{back.url}: {'is at' if back.changed else 'was at'} {back.version}, commit {back.commit[:8]}")
     return 0

@@ -232,7 +232,7 @@ class RunStore:
         with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as descriptor:
             if descriptor is None or run.queue_place():
                 raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
-            if problem := self._needed(run):
+            if problem := _handled(run) or self._needed(run):
                 raise RunError(problem)
             remove_folder(run.path)
             for copy in self.settings.downloads.glob(f"{run.run_id}*"):
@@ -244,7 +244,11 @@ class RunStore:
             state = run.status().state
         except RunError:  # unreadable ones can go
             state = ""
-        return f"{run.run_id}: is {state}; stop it before you delete it" if state in ACTIVE else self._needed(run)
+        return (
+            f"{run.run_id}: is {state}; stop it before you delete it"
+            if state in ACTIVE
+            else _handled(run) or self._needed(run)
+        )
 
     def _needed(self, run: Run) -> str | None:
         needed_by = [i for i in (*self.based_on(run.path), *self._combining(run)) if i != run.run_id]
@@ -275,6 +279,16 @@ class RunStore:
                 if chosen(run):
                     found.append(run.run_id)
         return tuple(found)
+
+
+def _handled(run: Run) -> str | None:
+    """What somebody is doing with the run's files just now, as the reason why they must stay."""
+    for name, doing in (("publish.lock", "pushed"), ("merge.lock", "merged")):
+        if (run.path / name).exists():
+            with lock(run.path / name, shared=True) as free:
+                if free is None:
+                    return f"{run.run_id}: is being {doing}; wait for that to end, then delete it"
+    return None
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def plan(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> Pu
 def push(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> PushedModel:
     """As a person does: what would change is looked at, then agreed to."""
     return push_model(
-        folder, repo_id, **asked(served, changed), agreed=plan_push(folder, repo_id, **asked(served, changed))
+        folder, repo_id, **asked(served, changed), agreed=plan_push(folder, repo_id, **asked(served, changed)).digest
     )
 
 
@@ -139,8 +139,8 @@ def test_an_existing_repository_changes_only_as_was_shown(served: Hub, adapter: 
         push_model(adapter, "mine", **asked(served, {}))
     assert "removes chat_template.jinja" in str(found.value)
     with pytest.raises(HubError, match="has changed since its changes were shown"):
-        push_model(weights(adapter, "weights, first"), "mine", **asked(served, {}), agreed=planned)
-    pushed = push_model(weights(adapter, "second"), "mine", **asked(served, {}), agreed=planned)
+        push_model(weights(adapter, "weights, first"), "mine", **asked(served, {}), agreed=planned.digest)
+    pushed = push_model(weights(adapter, "second"), "mine", **asked(served, {}), agreed=planned.digest)
     assert pushed.version == "v2" and set(repo.head.files) == SENT - {"chat_template.jinja"} | {
         ".gitattributes",
         "notes.txt",
@@ -177,6 +177,36 @@ def test_versions_are_listed_compared_and_gone_back_to(served: Hub, adapter: Pat
     assert push(served, weights(adapter, "third")).version == "v3", "numbers are not given twice"
     with pytest.raises(HubError, match="has no version 'v9'; those there are: v1, v2, v3"):
         rollback("mine", "v9", ALICE, endpoint=served.url)
+
+
+def test_a_merged_pull_request_is_a_version_though_nobody_tagged_it(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    proposed = push(served, weights(adapter, "second"), pull_request=True)
+    repo = served.repo("alice/mine", "models")
+    repo.refs["refs/heads/main"] = proposed.commit
+    listed = versions("alice/mine", ALICE, endpoint=served.url)
+    assert [(v.version, v.current) for v in listed] == [("v2", True), ("v1", False)]
+    assert push(served, weights(adapter, "third")).version == "v3", "two contents are not one version"
+
+
+def test_going_back_does_not_undo_what_others_changed_there(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    push(served, weights(adapter, "second"))
+    repo = served.repo("alice/mine", "models")
+    served.commit(repo, {"README.md": "# Theirs\n"})
+    told = rollback("mine", "v1", ALICE, endpoint=served.url, plan=True)
+    assert set(told.restores) == {"README.md", "adapter_model.safetensors", "release.json"} and not told.changed
+    with pytest.raises(HubError, match=r"README\.md there was changed by someone else"):
+        rollback("mine", "v1", ALICE, endpoint=served.url)
+    assert served.read(repo, "README.md") == b"# Theirs\n"
+    assert rollback("mine", "v1", ALICE, endpoint=served.url, force=True).changed
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b'{"what": 1}', b'{"what": "adapter", "metrics": {"eval_loss": "low"}}', b"\xff"]
+)
+def test_a_record_that_something_else_wrote_is_no_record(content: bytes) -> None:
+    assert Release.from_bytes(content) is None
 
 
 @pytest.mark.parametrize(("loss", "rows", "refused"), [(2.2, "rows", True), (2.09, "rows", False), (9, "other", False)])

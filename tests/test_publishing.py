@@ -15,8 +15,9 @@ from hub_server import Hub, hub
 from safetensors.torch import load_file, save_file
 from tiny_models import make_run, train_here
 
+from qlora_core.errors import RunError
 from qlora_core.publishing import published
-from qlora_core.runs import Run
+from qlora_core.runs import Run, RunStore, lock
 from qlora_core.worker.proving import prove
 
 MARK = "hf_SECRETMARKER"
@@ -57,7 +58,7 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(served: Hub, run: Run) -> None:
-    done = lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--json")
+    done = lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json")
     entry = said(done)
     assert entry["proof"]["state"] == "proven", entry["proof"]
     assert entry["proof"]["largest_difference"] == 0 and entry["proof"]["rows"] == 3
@@ -69,22 +70,25 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     record = json.loads(served.read(repo, "release.json"))
     (last,) = [e["loss"] for e in run.result()["train_info"]["eval_losses"] if e["step"] == 6]  # type: ignore[index]
     assert record["metrics"]["eval_loss"] == last and record["eval_fingerprint"] == run.dataset().eval_fingerprint
-    assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--json"))["changed"]
+    assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json"))["changed"]
     assert published(run) == [entry], "what was proven is not proven again"
     # A version that was twice as good is there now.
     better = record | {"version": "v2", "metrics": {"eval_loss": last / 2}}
     repo.refs["refs/tags/v2"] = served.commit(repo, {"release.json": json.dumps(better), "tokenizer.json": "{}"}).oid
-    refused = lab(served, run, "push", run.run_id, "--repo-id", "tiny")
+    refused = lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes")
     assert refused.returncode == 2 and "100.0% worse" in refused.stderr and "Traceback" not in refused.stderr
     listed = said(lab(served, run, "versions", "alice/tiny", "--json"))["versions"]
     assert [(v["version"], v["current"]) for v in listed] == [("v2", True), ("v1", False)]
-    assert said(lab(served, run, "rollback", "alice/tiny", "v1", "--json"))["changed"]
+    back = ("rollback", "alice/tiny", "v1")
+    assert "tokenizer.json there was changed by someone else" in lab(served, run, *back).stderr
+    assert "restores tokenizer.json" in lab(served, run, *back, "--plan").stdout
+    assert said(lab(served, run, *back, "--force", "--json"))["changed"]
     assert json.loads(served.read(repo, "release.json"))["version"] == "v1"
 
 
 def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run) -> None:
     """And goes by Xet, from a process of its own."""
-    arguments = ("push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--json")
+    arguments = ("push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--yes", "--json")
     served.requests.clear()
     entry = said(lab(served, run, *arguments, xet=True))
     assert any("/xet-write-token/" in seen.path for seen in served.requests)
@@ -103,11 +107,33 @@ def test_what_comes_back_with_other_bytes_is_pushed_but_not_proven(
         return content.replace(b'"r": 4', b'"r": 5') if b'"peft_type"' in content else content
 
     monkeypatch.setattr(served, "content", damaged)
-    done = lab(served, run, "push", run.run_id, "--repo-id", "damaged", "--json")
+    done = lab(served, run, "push", run.run_id, "--repo-id", "damaged", "--yes", "--json")
     entry = json.loads(done.stdout)
     assert done.returncode == 1 and "not proven" in done.stderr
     assert entry["proof"]["state"] == "failed"
     assert "came back with other bytes in adapter_config.json" in entry["proof"]["reason"]
+
+
+def test_an_unknown_licence_and_a_change_are_agreed_to_by_what_was_shown(served: Hub, run: Run) -> None:
+    asked = ("push", run.run_id, "--repo-id", "agreed")
+    refused = lab(served, run, *asked)
+    assert refused.returncode == 2 and "this needs a look first" in refused.stderr
+    assert "licence of the dataset is unknown" in refused.stderr and ("models", "alice/agreed") not in served.repos
+    shown = said(lab(served, run, *asked, "--plan", "--json"))
+    assert shown["needed"] and f"--agreed {shown['agree']}" in refused.stderr
+    assert said(lab(served, run, *asked, "--agreed", shown["agree"], "--json"))["changed"]
+    (run.path / "card.json").write_text(json.dumps({"intended_use": "To <b>test</b>."}))
+    changed = lab(served, run, *asked, "--agreed", shown["agree"], "--json")
+    told = json.loads(changed.stdout)
+    assert changed.returncode == 2 and "something else than what was agreed to" in changed.stderr
+    assert "changes README.md" in "".join(told["plan"])
+    assert said(lab(served, run, *asked, "--agreed", told["agree"], "--json"))["version"] == "v2"
+    assert rb"To \<b>test\</b>" in served.read(served.repo("alice/agreed", "models"), "README.md").replace(b"\\>", b">")
+
+
+def test_a_run_stays_while_it_is_pushed(run: Run) -> None:
+    with lock(run.path / "publish.lock"), pytest.raises(RunError, match="is being pushed"):
+        RunStore(run.settings).delete(run)
 
 
 def test_an_adapter_that_answers_otherwise_is_told_by_its_logits(run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Which files of a folder go to the Hub, and whether what is there is what was sent."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,17 +62,30 @@ def same(add: "CommitOperationAdd", remote: Any) -> bool:
 
 
 def sha256(content: Content) -> str:
-    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else _hash_of(file_sha256, content)
 
 
 def git_oid(content: Content) -> str:
     """git's blob hash, by which the Hub names what is not in LFS."""
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    found = hashlib.sha1(b"blob %d\0" % size)
     if isinstance(content, bytes):
-        found.update(content)
-    else:
-        with content.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return _hash_of(_git_oid_of_file, content)
+
+
+def _git_oid_of_file(path: Path) -> str:
+    found = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
     return found.hexdigest()
+
+
+def _hash_of(hashed: Callable[[Path], str], path: Path) -> str:
+    """Read once for all the looks of a push: a merged model has many gigabytes."""
+    found = path.stat()
+    return _kept(hashed, path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _kept(hashed: Callable[[Path], str], path: Path, size: int, mtime_ns: int) -> str:
+    return hashed(path)

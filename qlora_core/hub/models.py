@@ -95,9 +95,9 @@ class ModelPush:
     def plan(self) -> PushPlan:
         return self._planned(self.contents())[0]
 
-    def run(self, agreed: PushPlan | None = None) -> PushedModel:
+    def run(self, agreed: str | None = None) -> PushedModel:
         """Raises HubError, and then no commit was made or it says which. An existing repository is changed only as `agreed`,
-        the plan that somebody was shown."""
+        the digest of the plan that somebody was shown."""
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
@@ -130,9 +130,9 @@ class ModelPush:
             pull_request=self.pull_request,
         )
 
-    def _may(self, planned: PushPlan, remote: Remote, agreed: PushPlan | None) -> None:
+    def _may(self, planned: PushPlan, remote: Remote, agreed: str | None) -> None:
         what, problems = f"model {planned.repo_id!r}", []
-        if not planned.creates and not (agreed and planned.does_the_same(agreed)):
+        if not planned.creates and agreed != planned.digest:
             why = "has changed since its changes were shown" if agreed else "is there already"
             problems.append(f"{what}: {why}; look at what this push would change, then push again:")
             raise HubError("\n".join([*problems, *planned.sentences()]))
@@ -149,7 +149,7 @@ class ModelPush:
             raise HubError(*problems)
 
     def _committed(
-        self, planned: PushPlan, contents: Mapping[str, Content], agreed: PushPlan | None
+        self, planned: PushPlan, contents: Mapping[str, Content], agreed: str | None
     ) -> "tuple[CommitInfo, PushPlan, list[CommitOperationAdd]]":
         """A commit that came in between is looked at once; where it changes nothing of what was agreed, this goes on top."""
         from huggingface_hub.errors import HfHubHTTPError
@@ -211,7 +211,7 @@ class ModelPush:
 
 
 def push_model(folder: Path, repo_id: str, *, token: str, release: Release, **asked: Any) -> PushedModel:
-    """`ModelPush(...).run(agreed)`: see there for what may be `asked`, and `agreed`, which `plan_push` of the same gave."""
+    """`ModelPush(...).run(agreed)`: see there for what may be `asked`, and `agreed`, the digest of what `plan_push` gave."""
     agreed = asked.pop("agreed", None)
     return ModelPush(Path(folder), repo_id, token, release, **{"files": {}} | asked).run(agreed)
 

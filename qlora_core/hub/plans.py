@@ -1,5 +1,7 @@
 """What a push would change in a model repository, before it does; and why it may not. Sends nothing."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,9 +43,20 @@ class PushPlan:
         """Whether there is something to push besides the record of the push itself."""
         return self.creates or any(name != RECORD for name in (*self.adds, *self.changes, *self.removes))
 
-    def does_the_same(self, other: "PushPlan") -> bool:
-        mine = (self.creates, self.version, self.adds, self.changes, self.removes)
-        return mine == (other.creates, other.version, other.adds, other.changes, other.removes)
+    @property
+    def digest(self) -> str:
+        """Names what is shown: who agrees to it agrees to this and to nothing else."""
+        told = (
+            self.repo_id,
+            self.revision,
+            self.creates,
+            self.private,
+            self.version,
+            self.adds,
+            self.changes,
+            self.removes,
+        )
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
     def sentences(self) -> list[str]:
         where = f"{self.repo_id}" + ("" if self.revision == "main" else f", revision {self.revision}")
@@ -154,8 +167,10 @@ def _compared(
     foreign = tuple(n for n in (*changes, *removes) if remote.files[n] not in recorded.get(n, ()))
     replaces = before.version if before else None
     anything = bool(adds or changes or removes) or before is None
-    version = release.version or (next_version(remote.tags) if anything else before.version)
-    if anything and version in remote.tags:
+    # That of the last record too: of a merged pull request, or where the tag could not be made, no tag tells of it.
+    known = {*remote.tags, *([before.version] if before else [])}
+    version = release.version or (next_version(known) if anything else before.version)
+    if anything and version in known:
         raise HubError(
             f"model {repo_id!r}: has a version {version!r} already; name another, or none for the next number"
         )

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.errors import HubError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 RECORD = "release.json"
+LOSSES = ("eval_loss", "trained_eval_loss")  # of an adapter; of the model from which a merged one was made
 WORSE_SHARE = 0.05  # of the evaluation loss, above which a version is not published over another
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -21,7 +22,7 @@ VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Release:
     """What a version is. `version` is "" until it is known; `files` by path -> SHA-256 and git's blob hash, besides the record.
 
-    `metrics` holds numbers by name; "eval_loss" is compared where `eval_fingerprint` is the same."""
+    `metrics` holds numbers by name; the first of LOSSES is compared where `eval_fingerprint` is the same."""
 
     what: str
     version: str = ""
@@ -45,11 +46,20 @@ class Release:
         try:
             values = json.loads(content)
             known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-            known["files"] = {str(name): tuple(pair) for name, pair in known.get("files", {}).items()}
+            known["files"] = {str(name): (str(a), str(b)) for name, (a, b) in known.get("files", {}).items()}
+            known["metrics"] = {str(name): float(value) for name, value in known.get("metrics", {}).items()}
             found = cls(**known)
-            return found if isinstance(found.what, str) and isinstance(found.metrics, dict) else None
         except (ValueError, TypeError, AttributeError):
             return None
+        texts = (
+            found.what,
+            found.version,
+            found.run_id,
+            found.base_model,
+            found.dataset_fingerprint,
+            found.eval_fingerprint,
+        )
+        return found if all(isinstance(text, str) for text in texts) else None
 
 
 @dataclass(frozen=True)
@@ -64,19 +74,25 @@ class Version:
 
 @dataclass(frozen=True)
 class RolledBack:
+    """`restores` and `removes` name the files that differ from the version's, before the rollback."""
+
     url: str
     commit: str
     version: str
     changed: bool
+    restores: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
 
 
 def versions(repo_id: str, token: str | None, *, endpoint: str | None = None) -> list[Version]:
-    """The tagged versions, newest number first. Raises HubError."""
+    """The tagged versions, newest number first, and what the main branch holds where that has no tag. Raises HubError."""
     api = _api(token, endpoint)
     with hub_errors(f"model {repo_id!r}", token):
         head = api.model_info(repo_id).sha
         now = read_release(api, repo_id, head)
         found = [(name, commit, read_release(api, repo_id, commit)) for name, commit in tags(api, repo_id).items()]
+    if now and now.version and now.version not in {name for name, *_ in found}:  # a pull request that was merged
+        found.append((now.version, head, now))
     made = [
         Version(name, commit, release, commit == head or (now is not None and release == now))
         for name, commit, release in found
@@ -84,8 +100,13 @@ def versions(repo_id: str, token: str | None, *, endpoint: str | None = None) ->
     return sorted(made, key=lambda version: (_number(version.version), version.version), reverse=True)
 
 
-def rollback(repo_id: str, version: str, token: str, *, endpoint: str | None = None) -> RolledBack:
-    """A new commit on the main branch with the files of that version; files that no push from here made stay. Raises HubError."""
+def rollback(
+    repo_id: str, version: str, token: str, *, endpoint: str | None = None, force: bool = False, plan: bool = False
+) -> RolledBack:
+    """A new commit on the main branch with the files of that version; files that no push from here made stay.
+
+    `force` replaces what others have changed there since, `plan` only tells what would change. Raises HubError.
+    """
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
     from qlora_core.hub.plans import look, writable_name
@@ -108,9 +129,17 @@ def rollback(repo_id: str, version: str, token: str, *, endpoint: str | None = N
         back = [name for name, oid in then.items() if remote.files.get(name) != oid]
         ours = remote.release.files if remote.release else {}
         gone = [name for name in ours if name in remote.files and name not in then]
-        url = f"{api.endpoint}/{repo_id}"
-        if not back and not gone:
-            return RolledBack(url, remote.head or "", version, changed=False)
+        told = RolledBack(f"{api.endpoint}/{repo_id}", remote.head or "", version, False, tuple(back), tuple(gone))
+        foreign = [
+            n for n in (*back, *gone) if n in remote.files and n != RECORD and remote.files[n] not in ours.get(n, ())
+        ]
+        if foreign and not force and not plan:
+            raise HubError(
+                f"{what}: {', '.join(foreign)} there was changed by someone else, and going back to {version!r} would replace it; "
+                "do so with --force, or keep what is there"
+            )
+        if plan or not (back or gone):
+            return told
         commit = api.create_commit(
             repo_id,
             [
@@ -120,14 +149,14 @@ def rollback(repo_id: str, version: str, token: str, *, endpoint: str | None = N
             commit_message=f"Roll back to {version}",
             parent_commit=remote.head,
         )
-    return RolledBack(url, commit.oid, version, changed=True)
+    return replace(told, commit=commit.oid, changed=True)
 
 
 def gate(repo_id: str, before: Release | None, new: Release) -> str | None:
     """Why the new version should not replace the one before: a loss on the same rows that is more than 5 % higher."""
     if before is None or not new.eval_fingerprint or before.eval_fingerprint != new.eval_fingerprint:
         return None
-    old, now = before.metrics.get("eval_loss"), new.metrics.get("eval_loss")
+    old, now = (next((r.metrics[name] for name in LOSSES if name in r.metrics), None) for r in (before, new))
     if old is None or now is None or now <= old * (1 + WORSE_SHARE):
         return None
     return (
@@ -141,7 +170,7 @@ def tags(api: "HfApi", repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in api.list_repo_refs(repo_id).tags}
 
 
-def next_version(known: Mapping[str, str]) -> str:
+def next_version(known: Iterable[str]) -> str:
     return f"v{max(map(_number, known), default=0) + 1}"
 
 

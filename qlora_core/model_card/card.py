@@ -26,14 +26,15 @@ BUNDLED_LICENCE = "apache-2.0"  # as the page of SmolLM2-135M-Instruct has it
 class CardText:
     """What a person says of the model; an empty text leaves the card's own words. Shown as plain paragraphs and "- " lists.
 
-    `license`: the model's, by its Hub id; else the strictest that is known of rows and base. `base_license`: the base's, as
-    its page has it.
+    `notes`: anything else, in a section of its own. `license`: the model's, by its Hub id; else the strictest that is known of
+    rows and base. `base_license`: the base's, as its page has it.
     """
 
     intended_use: str = ""
     limits: str = ""
     bias: str = ""
     misuse: str = ""
+    notes: str = ""
     license: str = ""
     base_license: str = ""
 
@@ -87,6 +88,7 @@ def model_card(
         "Limits": prose(text.limits) or _limits(facts),
         "Bias": prose(text.bias) or _bias(facts),
         "Misuse": prose(text.misuse) or _misuse(),
+        "Notes": prose(text.notes),
         "Evaluation": evidence.evaluation_section(facts, drift=drift, curve=curve),
     }
     if study:
@@ -102,7 +104,7 @@ def model_card(
         "Settings": evidence.settings_section(facts),
         "Environment": evidence.environment_section(facts),
     }
-    body = [f"## {title}\n\n{content}" if title else content for title, content in sections.items()]
+    body = [f"## {title}\n\n{content}" if title else content for title, content in sections.items() if content]
     return Card("\n\n".join([front_matter(metadata(facts, licence=licence)), *body]) + "\n", images)
 
 

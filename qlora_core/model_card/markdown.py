@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 MOST_CHARACTERS = 200
+MOST_PROSE = 20_000  # of a text that a person wrote; longer ones are refused where they are kept
 # What Markdown of the Hub's kind (CommonMark, GitHub's tables and links, TeX) reads as more than itself.
 _ACTIVE = re.compile(r"([\\`*_\[\]<>#|~&!${}@^])")
 _LINE_START = re.compile(r"^([-+=]|\d+[.)])(?=\s|$|[-+=])")
@@ -35,7 +36,7 @@ def prose(text: str) -> str:
 
 
 def _line(line: str) -> str:
-    text = plain(line, most=2000)
+    text = plain(line, most=MOST_PROSE)
     bullet = "- " if text.startswith("- ") and len(text) > 2 else ""
     escaped = _ACTIVE.sub(r"\\\1", text.removeprefix(bullet))
     # A figure and its dot: the backslash must stand before the dot.

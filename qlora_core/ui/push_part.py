@@ -97,7 +97,7 @@ class PushPart:
         if problems:
             return "", gr.Timer(active=False), problems_panel(problems, title="Not pushed yet")
         arguments = ["push", run.run_id, f"--repo-id={repository.strip()}", f"--what={what}", "--json"]
-        arguments += (["--public"] if public else []) + (["--plan"] if plan else [])
+        arguments += (["--public"] if public else []) + ["--plan" if plan else "--yes"]
         job = jobs.start(arguments, self.settings, secret=secret, again=True)
         return job.job_id, gr.Timer(active=True), progress_html(job.progress())
 

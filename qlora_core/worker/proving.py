@@ -1,4 +1,4 @@
-"""`python -m qlora_core.worker.proving RUN_DIR adapter|merged DOWNLOADED LOCAL`: do both give the same logits? Prints JSON."""
+"""`python -m qlora_core.worker.proving RUN adapter|merged DOWNLOADED LOCAL float32|auto`: are the logits equal? Prints JSON."""
 
 import json
 import sys
@@ -20,14 +20,16 @@ ROWS = 3
 TOKENS = 256
 
 
-def prove(run: Run, what: str, downloaded: Path, local: Path) -> dict[str, Any]:
-    """Loads each as its card says to, in 32 bits on the CPU, and compares logits and token ids on held-out rows."""
+def prove(run: Run, what: str, downloaded: Path, local: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Loads each as its card says to, but on the CPU, and compares logits and token ids on held-out rows.
+
+    `dtype`: "float32", or "auto", that of the stored weights, which takes half the memory."""
     theirs, ours = _rows(run, downloaded), _rows(run, local)
     same_tokens = [row.tolist() for row in theirs] == [row.tolist() for row in ours]
-    found = {"rows": len(ours), "tokens": sum(map(len, ours)), "same_tokens": same_tokens}
+    found = {"rows": len(ours), "tokens": sum(map(len, ours)), "same_tokens": same_tokens, "dtype": dtype}
     if not same_tokens or not ours:
         return found | {"same": False, "largest_difference": None}
-    here, there = _logits(run, what, local, ours), _logits(run, what, downloaded, ours)
+    here, there = (_logits(run, what, folder, ours, dtype) for folder in (local, downloaded))
     difference = max(float((a - b).abs().max()) for a, b in zip(here, there, strict=True))
     equal = all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     return found | {"same": equal, "largest_difference": difference}
@@ -47,18 +49,18 @@ def _rows(run: Run, folder: Path) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def _logits(run: Run, what: str, folder: Path, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(run: Run, what: str, folder: Path, rows: list[torch.Tensor], dtype: str) -> list[torch.Tensor]:
     base = run.base_model().folder if what == "adapter" else folder
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        base, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     if what == "adapter":
         model = PeftModel.from_pretrained(model, str(folder))
     model.eval()
-    return [model(input_ids=row[None]).logits[0] for row in rows]
+    return [model(input_ids=row[None]).logits[0].float() for row in rows]
 
 
 if __name__ == "__main__":
-    _, run_directory, what, downloaded, local = sys.argv
-    verdict = prove(Run(Path(run_directory), Settings.from_environment()), what, Path(downloaded), Path(local))
+    _, run_directory, what, downloaded, local, dtype = sys.argv
+    verdict = prove(Run(Path(run_directory), Settings.from_environment()), what, Path(downloaded), Path(local), dtype)
     print(json.dumps(verdict))

@@ -1,34 +1,28 @@
-"""Publish a run: adapter or merged model with its card, then the proof that what arrived is what is here. Knows no torch."""
+"""A run's adapter or merged model with its card to the Hub: prepared, shown, agreed to, pushed, proven, recorded."""
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from qlora_core import hub
-from qlora_core.errors import HubError, RunError
+from qlora_core.errors import RunError
 from qlora_core.hub.access import account, full_name
-from qlora_core.hub.arrived import download
 from qlora_core.hub.models import ModelPush
 from qlora_core.merging import merge
-from qlora_core.model_card import CardText, model_card
-from qlora_core.queue import worker_environment
+from qlora_core.model_card import licence_warning, model_card
+from qlora_core.publishing.agreement import Agreement
+from qlora_core.publishing.proof import prove
+from qlora_core.publishing.record import card_text, keep, published
 from qlora_core.run_status import RUNNING
 from qlora_core.runs import Run, lock
-from qlora_core.storage import write_json
 
 WHAT = ("adapter", "merged")
-PUBLISHED = "published.json"
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be pushed and how; `card` are a person's own words for it, `onto` the base that is merged into."""
+    """What is to be pushed and how; `onto` is the base that is merged into, `force` goes over a much better version."""
 
     what: str = "adapter"
     private: bool = True
@@ -37,7 +31,6 @@ class Publication:
     version: str = ""
     force: bool = False
     onto: str | None = None
-    card: CardText | None = None
 
 
 def prepare(
@@ -62,7 +55,7 @@ def prepare(
         raise RunError(f"{run.run_id}: has no adapter yet; only a finished or stopped run can be pushed")
     name = full_name(repo_id, account(token, endpoint=endpoint))
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
-    card = model_card(run, what=how.what, repo_id=name, version=how.version or None, onto=how.onto, text=how.card)
+    card = model_card(run, what=how.what, repo_id=name, version=how.version or None, onto=how.onto, text=card_text(run))
     return ModelPush(
         folder,
         name,
@@ -79,13 +72,16 @@ def prepare(
 
 
 def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Release:
-    """What the version's record says: of the step whose adapter it is, where that was evaluated."""
+    """What the version's record says: of the step whose adapter it is, where that was evaluated.
+
+    A merged model's figures are those of the model that was trained, and say so in their names.
+    """
     info, train = result["run_info"], result["train_info"]
     losses = {entry["step"]: entry["loss"] for entry in train.get("eval_losses") or []}
     scores = {entry["step"]: entry["correct"] / entry["total"] for entry in train.get("scores") or [] if entry["total"]}
     step = train.get("adapter_step")
     found = {"eval_loss": losses.get(step), "train_loss": train.get("train_loss"), "score": scores.get(step)}
-    dataset = run.dataset()
+    dataset, of = run.dataset(), "trained_" if how.what == "merged" else ""
     return hub.Release(
         how.what,
         version=how.version,
@@ -94,49 +90,38 @@ def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Releas
         dataset_fingerprint=dataset.train_fingerprint,
         eval_fingerprint=dataset.eval_fingerprint,
         git_commit=info.get("git_commit"),
-        metrics={name: value for name, value in found.items() if value is not None},
+        metrics={of + name: value for name, value in found.items() if value is not None},
     )
 
 
-def publish(run: Run, push: ModelPush, agreed: hub.PushPlan | None) -> dict[str, Any]:
-    """Push, download into an empty cache, load both and compare; the record joins published.json. Raises HubError, RunError."""
+def agreement(run: Run, push: ModelPush) -> Agreement:
+    """What a person must have seen before this push. Raises HubError where it cannot be made at all."""
+    planned, warning = push.plan(), licence_warning(run)
+    changes = planned.changes_anything and not planned.creates
+    return Agreement(
+        tuple(planned.sentences()), (warning,) if warning else (), planned.digest, changes or bool(warning)
+    )
+
+
+def publish(run: Run, push: ModelPush, agreed: str | None) -> dict[str, Any]:
+    """Push, download into an empty cache, load both and compare; the record joins published.json.
+
+    `agreed` is the digest of the agreement that a person was shown. Raises HubError, RunError.
+    """
     with lock(run.path / "publish.lock") as held:
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
-        pushed = push.run(agreed)
-        for entry in published(run):
+        asked = agreement(run, push)
+        push.report("\n".join((*asked.sentences, *asked.warnings)))
+        asked.check(agreed)
+        pushed = push.run(asked.plan)
+        before = published(run)
+        for entry in before:
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
             if same and not pushed.changed and entry["proof"]["state"] == "proven":
                 return {**entry, "changed": False}
-        entries = published(run)
         entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
-        write_json(run.path / PUBLISHED, [*entries, entry])  # it is on the Hub: a kill in the proof must not hide that
+        keep(run, [*before, entry])  # it is on the Hub: a kill in the proof must not hide that
         entry["proof"] = prove(run, push, pushed)
-        write_json(run.path / PUBLISHED, [*entries, entry])
+        keep(run, [*before, entry])
     return entry
-
-
-def published(run: Run) -> list[dict[str, Any]]:
-    """Every push of the run that was made, oldest first."""
-    path = run.path / PUBLISHED
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def prove(run: Run, push: ModelPush, pushed: hub.PushedModel) -> dict[str, Any]:
-    """Whether what is on the Hub is what is here: `state` "proven", "differs", or "failed" with its `reason`."""
-    push.report("Downloading it again and loading it")
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".proof-") as cache:
-        try:
-            downloaded = download(pushed, Path(cache), token=push.token, endpoint=push.endpoint)
-        except HubError as error:
-            return {"state": "failed", "reason": str(error)}
-        done = subprocess.run(
-            [sys.executable, "-m", "qlora_core.worker.proving", str(run.path), push.release.what, str(downloaded),
-             str(push.folder)],
-            env=worker_environment(run.settings, device="cpu"), capture_output=True, text=True, cwd=run.path,
-        )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
-        return {"state": "failed", "reason": f"it could not be loaded: {last[:500]}"}
-    verdict = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"state": "proven" if verdict["same"] else "differs", "files": len(pushed.files), **verdict}

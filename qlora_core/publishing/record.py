@@ -1,0 +1,38 @@
+"""What a run's folder keeps of its publication: each push that was made, and a person's words for the card."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from qlora_core.errors import ConfigError
+from qlora_core.model_card import CardText
+from qlora_core.model_card.markdown import MOST_PROSE
+from qlora_core.runs import Run
+from qlora_core.storage import write_json
+
+PUBLISHED, CARD = "published.json", "card.json"
+
+
+def published(run: Run) -> list[dict[str, Any]]:
+    """Every push of the run that was made, oldest first."""
+    path = run.path / PUBLISHED
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def keep(run: Run, entries: list[dict[str, Any]]) -> None:
+    write_json(run.path / PUBLISHED, entries)
+
+
+def card_text(run: Run) -> CardText:
+    """A person's own words for the card of this run; empty ones where none were kept."""
+    path = run.path / CARD
+    values = json.loads(path.read_text()) if path.exists() else {}
+    return CardText(**{name: values[name] for name in CardText.__dataclass_fields__ if name in values})
+
+
+def keep_card_text(run: Run, text: CardText) -> None:
+    """Raises ConfigError for a text that is too long."""
+    long = [name for name, value in asdict(text).items() if len(value) > MOST_PROSE]
+    if long:
+        raise ConfigError(*(f"{name.replace('_', ' ')}: has more than {MOST_PROSE:,} characters" for name in long))
+    write_json(run.path / CARD, asdict(text))
