@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hub_endpoints import Call, endpoint, ranged
 from hub_state import Refused, Repo
+from hub_tokens import OAUTH
 from starlette.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
@@ -80,6 +81,21 @@ def xet_write_token(hub: "Hub", call: Call, repo: Repo, revision: str) -> Respon
     token = {"casUrl": hub.xet.new_url(), "accessToken": "of-the-store", "exp": int(time.time()) + 3600}
     names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
     return JSONResponse(token, 200, {header: str(token[name]) for name, header in names.items()})
+
+
+@endpoint("GET", "/api/(?:organizations/{name}/)?settings/repositories")
+def used(hub: "Hub", call: Call, name: str | None = None) -> Response:
+    """What each repository of an account takes; only a token of the account itself may know."""
+    if call.token is None or call.token.role == OAUTH or not call.token.reads(name or call.token.user):
+        raise Refused(403, "Forbidden")
+    found = [repo for repo in hub.repos.values() if repo.owner == (name or call.token.user)]
+    return JSONResponse([_usage(repo) for repo in found])
+
+
+def _usage(repo: Repo) -> dict[str, Any]:
+    storage = sum(file.size for file in repo.head.files.values() if file.lfs)
+    names = {"id": repo.id, "type": repo.kind.removesuffix("s"), "updatedAt": repo.head.date}
+    return names | {"visibility": "private" if repo.private else "public", "storage": storage, "storagePercent": 0.5}
 
 
 def _refuse_without_space(hub: "Hub", repo: Repo, size: int) -> None:

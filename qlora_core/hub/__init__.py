@@ -8,20 +8,24 @@ from qlora_core.hub.datasets import PushedDataset, push_dataset
 from qlora_core.hub.faults import hub_errors, reason
 from qlora_core.hub.models import PushedModel, plan_push, push_model
 from qlora_core.hub.plans import PushPlan
-from qlora_core.hub.releases import Release, Version, rollback, versions
+from qlora_core.hub.probe import Probe, probe
+from qlora_core.hub.releases import Release, RolledBack, Version, rollback, versions
 
 __all__ = [
     "Account",
+    "Probe",
     "PushPlan",
     "PushedDataset",
     "PushedModel",
     "Release",
+    "RolledBack",
     "Version",
     "account",
     "full_name",
     "hub_errors",
     "machine_token",
     "plan_push",
+    "probe",
     "push_dataset",
     "push_model",
     "reason",

@@ -1,11 +1,15 @@
 """What a failed request to the Hub means, as a sentence with its remedy and without the token. Imports no torch."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_core.errors import HubError, LabError
 
 SIGN_IN = "sign in, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
+# Xet's client has no exceptions of its own and says the status only in words.
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+SPACE = re.compile(r"storage (?:limit|quota|patterns)|(?:limit|quota) (?:of|for) storage", re.IGNORECASE)
 
 
 @contextmanager
@@ -27,7 +31,6 @@ def reason(error: BaseException, token: str | None) -> str:
     from httpx2 import HTTPError
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -36,8 +39,7 @@ def reason(error: BaseException, token: str | None) -> str:
 
     if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
         return reason(error.__cause__, token)
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
-    text = _short(error, token)
+    status, text = _status(error), _short(error, token)
     if isinstance(error, GatedRepoError):
         signed_in = "with the account of this token" if token else f"and {SIGN_IN}"
         return f"is gated; ask for access on its page {signed_in}"
@@ -49,6 +51,16 @@ def reason(error: BaseException, token: str | None) -> str:
         return f"is not on the Hub, or is private; check the spelling, and for a private one {SIGN_IN}"
     if status == 401:
         return f"the Hub does not accept the token: it is invalid or has expired; {SIGN_IN}"
+    if status in (402, 413) or (status == 403 and SPACE.search(text)):
+        return (
+            f"the Hub has no space for it ({text}); delete there what is not needed, get more space on the settings page of "
+            "the account, or publish it as public, for which other limits hold"
+        )
+    if status == 403 and isinstance(error, ConnectionError):
+        return (
+            "the Hub does not allow the upload: this token may not write there, or there is no space left for it; use a token "
+            "that may write there, or look at the space on the settings page of the account"
+        )
     if status == 403:
         return f"the Hub does not allow it to this token ({text}); use a token that may write there"
     if status in (409, 412):
@@ -62,6 +74,15 @@ def reason(error: BaseException, token: str | None) -> str:
     if status is None and isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
         return f"the Hub cannot be reached, or the connection broke ({text}); check the connection and try again"
     return text
+
+
+def _status(error: BaseException) -> int | None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code
+    told = XET_STATUS.search(str(error)) if isinstance(error, ConnectionError) else None
+    return int(told[1]) if told else None
 
 
 def _short(error: BaseException, token: str | None) -> str:
