@@ -21,7 +21,7 @@ from hub_server import Hub, hub
 
 from qlora_core.data.hub_source import HubDataset
 from qlora_core.errors import DatasetError, HubError
-from qlora_core.hub import Account, full_name, push_dataset
+from qlora_core.hub import Account, PushPlan, dataset_versions, full_name, plan_dataset, push_dataset
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -386,7 +386,7 @@ def prepared(tmp_path: Path) -> Path:
     (folder / "data" / "train-00000-of-00002.parquet").write_bytes(parquet(text=["one", "two"]))
     (folder / "data" / "train-00001-of-00002.parquet").write_bytes(parquet(text=["three"]))
     (folder / "data" / "test-00000-of-00001.parquet").write_bytes(parquet(text=["four"]))
-    (folder / "lineage.json").write_text("{}")
+    (folder / "lineage.json").write_text(LINEAGE)
     (folder / "changes.csv").write_text("row,change\n")
     for name in (".env", "original.jsonl", "data/original.csv", "data/deeper.parquet/x.parquet"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -394,6 +394,7 @@ def prepared(tmp_path: Path) -> Path:
     return folder
 
 
+LINEAGE = json.dumps({"version": 3, "fingerprint": "f1", "rows": {"train": 3, "eval": 1}})
 LOADED = """
 import datasets, json
 datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # both ask other servers
@@ -408,11 +409,19 @@ PUSHED = {
     "data/test-00000-of-00001.parquet",
     "data/train-00000-of-00002.parquet",
     "data/train-00001-of-00002.parquet",
+    "release.json",
 }
 
 
+def plan(served: Hub, folder: Path, repo_id: str = "prepared", *, token: str = ALICE, **changed: Any) -> PushPlan:
+    return plan_dataset(folder, repo_id, token=token, endpoint=served.url, **changed)
+
+
 def push(served: Hub, folder: Path, repo_id: str = "prepared", *, token: str = ALICE, **changed: Any) -> Any:
-    return push_dataset(folder, repo_id, token=token, endpoint=served.url, **{"commit_message": "Push"} | changed)
+    """As a person does: what would change is looked at, then agreed to."""
+    shown = plan(served, folder, repo_id, token=token, private=changed.get("private", True))
+    asked = {"commit_message": "Push", "agreed": shown.digest} | changed
+    return push_dataset(folder, repo_id, token=token, endpoint=served.url, **asked)
 
 
 def test_push_makes_a_private_repository_in_one_commit_that_the_library_loads(
@@ -425,7 +434,10 @@ def test_push_makes_a_private_repository_in_one_commit_that_the_library_loads(
     assert [commit.title for commit in repo.commits] == ["initial commit", "Push"]
     assert (pushed.commit, pushed.files, pushed.changed) == (repo.head.oid, 6, True)
     assert pushed.url == f"{served.url}/datasets/alice/prepared"
-    assert served.read(repo, "lineage.json") == b"{}"
+    assert served.read(repo, "lineage.json") == LINEAGE.encode()
+    assert repo.refs["refs/tags/v3"] == repo.head.oid and pushed.version == "v3"
+    record = json.loads(served.read(repo, "release.json"))
+    assert (record["dataset_fingerprint"], record["metrics"]) == ("f1", {"train_rows": 3.0, "eval_rows": 1.0})
     assert [line.split()[0] for line in said] == ["Creating", "Sending", "Checked:"]
     done = client(served.url, tmp_path, LOADED % ALICE)
     assert json.loads(done.stdout) == {"train": ["one", "two", "three"], "test": ["four"]}
@@ -450,12 +462,69 @@ def test_pushing_a_changed_dataset_replaces_its_files_and_keeps_those_of_others(
     assert [commit.title for commit in repo.commits][2:] == ["Change", "Push"]
 
 
-def test_a_repository_of_others_is_added_to_and_nothing_in_it_goes(served: Hub, prepared: Path) -> None:
+def test_a_repository_of_others_is_added_to_and_nothing_in_it_goes_unless_it_is_forced(
+    served: Hub, prepared: Path
+) -> None:
     served.add_user("acme")
     repo = served.add_repo("acme/data", {"data/theirs.parquet": parquet(x=[1]), "README.md": "theirs"}, private=True)
-    assert push(served, prepared, "acme/data").changed
+    with pytest.raises(HubError, match=r"holds README\.md as no push from here made them.*--force"):
+        push(served, prepared, "acme/data")
+    assert served.read(repo, "README.md") == b"theirs"
+    assert push(served, prepared, "acme/data", force=True).changed
     assert set(repo.head.files) == PUSHED | {"data/theirs.parquet"}
     assert served.read(repo, "README.md") == (prepared / "README.md").read_bytes()
+
+
+def test_an_existing_dataset_changes_only_as_was_shown(served: Hub, prepared: Path) -> None:
+    push(served, prepared)
+    repo = served.repo("alice/prepared")
+    served.commit(repo, {"notes.txt": "mine"})
+    (prepared / "data" / "test-00000-of-00001.parquet").unlink()
+    (prepared / "lineage.json").write_text(json.dumps({"version": 4}))
+    shown = plan(served, prepared)
+    assert (shown.version, shown.replaces, shown.adds) == ("v4", "v3", ())
+    assert shown.changes == ("lineage.json", "release.json") and shown.removes == ("data/test-00000-of-00001.parquet",)
+    assert "notes.txt" in shown.keeps and shown.sentences()[0] == "alice/prepared: becomes v4 in place of v3"
+    with pytest.raises(HubError, match="is there already; look at what") as found:
+        push(served, prepared, agreed=None)
+    assert "removes data/test-00000-of-00001.parquet" in str(found.value)
+    (prepared / "changes.csv").unlink()
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        push(served, prepared, agreed=shown.digest)
+    assert repo.head.title == "Change" and push(served, prepared).version == "v4"
+
+
+def test_each_version_is_kept_under_its_number_and_can_be_read_again(served: Hub, prepared: Path) -> None:
+    first = push(served, prepared)
+    (prepared / "changes.csv").write_text("row,change,why\n")
+    assert push(served, prepared).version == "v3.1", "two contents are not one version"
+    (prepared / "lineage.json").write_text(json.dumps({"version": 12, "fingerprint": "f2"}))
+    push(served, prepared)
+    listed = dataset_versions("alice/prepared", ALICE, endpoint=served.url)
+    assert [(v.version, v.release and v.release.dataset_fingerprint, v.current) for v in listed] == [
+        ("v12", "f2", True),
+        ("v3.1", "f1", False),
+        ("v3", "f1", False),
+    ]
+    assert served.read(served.repo("alice/prepared"), "changes.csv", "v3") == b"row,change\n"
+    assert listed[-1].commit == first.commit
+
+
+def test_a_name_that_a_model_has_is_not_taken_for_a_dataset(served: Hub, prepared: Path) -> None:
+    served.add_repo("alice/prepared", kind="models", private=True)
+    with pytest.raises(HubError, match="there is a model of this name; choose another name for the dataset"):
+        push(served, prepared)
+    assert ("datasets", "alice/prepared") not in served.repos
+
+
+def test_a_push_that_was_cut_off_before_its_tag_is_ended_by_the_next(served: Hub, prepared: Path) -> None:
+    served.faults.append(("POST", "/tag/", 500, "no"))
+    with pytest.raises(HubError, match="was pushed as commit .* but not tagged as 'v3'.*push again to tag it"):
+        push(served, prepared)
+    served.faults.clear()
+    repo = served.repo("alice/prepared")
+    assert not push(served, prepared).changed and repo.refs["refs/tags/v3"] == repo.head.oid
+    assert len(repo.commits) == 2
 
 
 def test_a_public_repository_is_not_pushed_to_as_private(served: Hub, prepared: Path) -> None:
@@ -514,14 +583,26 @@ def test_a_hub_that_is_gone_is_one_sentence(served: Hub, prepared: Path) -> None
 
 
 def test_what_someone_else_wrote_meanwhile_is_not_pushed_over(served: Hub, prepared: Path) -> None:
-    repo = served.add_repo("alice/prepared", private=True)
+    push(served, prepared)
+    repo = served.repo("alice/prepared")
 
-    def meanwhile(line: str) -> None:
-        if line.startswith("Sending"):
-            served.commit(repo, {"README.md": "theirs"}, title="Meanwhile")
+    def meanwhile(path: str, said: list[str]) -> Any:
+        def report(line: str) -> None:
+            if line.startswith("Sending") and not said:
+                said.append(line)
+                served.commit(repo, {path: "theirs"}, title="Meanwhile")
 
-    with pytest.raises(HubError, match="changed by someone else at the same time, and nothing was written; try again"):
-        push(served, prepared, report=meanwhile)
+        return report
+
+    (prepared / "changes.csv").write_text("mine")
+    assert push(served, prepared, report=meanwhile("notes.txt", [])).changed, "it changed nothing that was agreed to"
+    assert served.read(repo, "notes.txt") == b"theirs" and served.read(repo, "changes.csv") == b"mine"
+    (prepared / "changes.csv").write_text("mine again")
+    with pytest.raises(HubError, match=r"holds changes\.csv as no push from here made them"):
+        push(served, prepared, report=meanwhile("changes.csv", []))
+    (prepared / "data" / "new.parquet").write_bytes(parquet(text=["new"]))
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        push(served, prepared, report=meanwhile("data/new.parquet", []), force=True)
     assert repo.head.title == "Meanwhile"
 
 

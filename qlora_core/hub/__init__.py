@@ -4,7 +4,8 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 """
 
 from qlora_core.hub.access import Account, account, full_name, machine_token
-from qlora_core.hub.datasets import PushedDataset, push_dataset
+from qlora_core.hub.dataset_push import PushedDataset, dataset_versions
+from qlora_core.hub.datasets import plan_dataset, push_dataset
 from qlora_core.hub.faults import hub_errors, reason
 from qlora_core.hub.models import PushedModel, plan_push, push_model
 from qlora_core.hub.plans import PushPlan
@@ -21,9 +22,11 @@ __all__ = [
     "RolledBack",
     "Version",
     "account",
+    "dataset_versions",
     "full_name",
     "hub_errors",
     "machine_token",
+    "plan_dataset",
     "plan_push",
     "probe",
     "push_dataset",
