@@ -11,6 +11,7 @@ from qlora_core.hub.models import PushedModel, plan_push, push_model
 from qlora_core.hub.plans import PushPlan
 from qlora_core.hub.probe import Probe, probe
 from qlora_core.hub.releases import Release, RolledBack, Version, rollback, versions
+from qlora_core.hub.reports import plan_report, push_report
 
 __all__ = [
     "Account",
@@ -28,9 +29,11 @@ __all__ = [
     "machine_token",
     "plan_dataset",
     "plan_push",
+    "plan_report",
     "probe",
     "push_dataset",
     "push_model",
+    "push_report",
     "reason",
     "rollback",
     "versions",

@@ -31,9 +31,11 @@ ROWS = (
 )
 
 
-def bundle(results: StudyResults, *, folder: Path | None = None, rows: bool = True) -> dict[str, Any]:
+def bundle(
+    results: StudyResults, *, folder: Path | None = None, rows: bool = True, at: float | None = None
+) -> dict[str, Any]:
     """JSON values of the whole study but its steps, which steps.csv has. `folder`: where the file will lie, which its local paths
-    are named from; `rows`: whether prompts and answers of held-out rows may go in."""
+    are named from; `rows`: whether prompts and answers of held-out rows may go in; `at`: when it says that it was written."""
     analysis = asdict(results.analysis) if results.analysis else None
     if analysis and analysis["behaviour"] and not rows:
         analysis["behaviour"]["rows"] = []
@@ -41,7 +43,7 @@ def bundle(results: StudyResults, *, folder: Path | None = None, rows: bool = Tr
         "study": {"id": results.study_id, "name": results.name, "kind": results.kind, "vary": results.vary,
                   "seeds": list(results.seeds), "noise_floor": has_floor(results)},
         "reproduce": {"command": command(results), "settings": YAML},
-        "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at)),
         "differences": list(results.differences),
         "verdicts": [verdict.to_json() for verdict in verdicts(results)],
         "bases": list(_unique(run.result["run_info"]["base_model"] for run in results.runs if run.result)),

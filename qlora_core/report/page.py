@@ -36,9 +36,11 @@ SHOWN_ANSWERS, OPEN_ANSWERS = 20, 3
 INLINE_BYTES = 1_500_000
 
 
-def report_html(results: StudyResults, *, rows: bool = True, folder: Path | None = None) -> str:
+def report_html(
+    results: StudyResults, *, rows: bool = True, folder: Path | None = None, at: float | None = None
+) -> str:
     """The whole report. `rows`: whether prompts, references and answers of held-out rows may go in; `folder`: where it will lie,
-    which local data are named from."""
+    which local data are named from; `at`: when it says that it was written."""
     parts, found = sections(results), verdicts(results)
     figures: list[dict[str, Any]] = []
     body = _head(results, parts) + _verdict(found[0], first=True)
@@ -60,8 +62,8 @@ def report_html(results: StudyResults, *, rows: bool = True, folder: Path | None
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<style>{(HERE / 'report.css').read_text(encoding='utf-8')}</style></head><body><main>{body}"
-        f"<footer>Written by QLoRA Lab on {time.strftime('%d %B %Y')}. Estimates are hatched and named so; every other number was "
-        f"measured.</footer></main><script>{get_plotlyjs()}</script>"
+        f"<footer>Written by QLoRA Lab on {time.strftime('%d %B %Y', time.localtime(at))}. Estimates are hatched and named so; "
+        f"every other number was measured.</footer></main><script>{get_plotlyjs()}</script>"
         f'<script type="application/json" id="study-figures">{data}</script>'
         f"<script>{(HERE / 'report.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )

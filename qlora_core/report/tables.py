@@ -8,6 +8,11 @@ from typing import Any
 from qlora_core.study_results import StudyResults, StudyRun
 
 Table = tuple[list[str], list[list[Any]]]
+# All that there may be, in the order of reading; only the last holds prompts and answers of held-out rows.
+ANSWERS = "answers"
+TABLES = (
+    "runs", "steps", "evaluations", "memory_estimates", "similarity", "updates", "quantisation", "models", "behaviour", ANSWERS,
+)  # fmt: skip
 # A spreadsheet takes a text that begins so for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 MEASURED = (
