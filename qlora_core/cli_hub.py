@@ -16,7 +16,7 @@ from qlora_core.errors import HubError, RunError
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 
-FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan", "agreed", "yes")
+FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan", "agreed", "yes", "card")
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -27,7 +27,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "source", metavar="RUN|DIR", help="id of a run or its beginning, or folder of a prepared dataset"
     )
     command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it is not there, private")
-    command.add_argument("--what", choices=publishing.WHAT, help="of a run, default adapter")
+    command.add_argument(
+        "--what", metavar="WHAT[,WHAT]", help=f"of a run, one or more of {', '.join(publishing.WHAT)}; default adapter"
+    )
     command.add_argument("--onto", choices=("original", "dequantized"), help="of merged: as for the command merge")
     audience = command.add_mutually_exclusive_group()
     audience.add_argument("--private", action="store_true", help="for nobody else to see (the default)")
@@ -35,6 +37,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     where = command.add_mutually_exclusive_group()
     where.add_argument("--revision", metavar="BRANCH", help="a branch of a model, made if it is not there")
     where.add_argument("--pull-request", action="store_true", help="propose the change instead of making it")
+    command.add_argument("--card", metavar="YAML", help="your words for the model card, by section")
     command.add_argument("--version", help="tag of a model's version, default the next of v1, v2, …")
     command.add_argument(
         "--force", action="store_true", help="over a much better version, and over what others changed there"
@@ -95,16 +98,16 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
         print_json(result)
     elif "plan" in result:
         print("\n".join([*result["plan"], *result["warnings"], f"to agree to it: --agreed {result['agree']}"]))
-    elif not result["changed"]:
-        print(f"{result['url']}: nothing has changed")
     else:
-        print(result.get("pull_request") or result["url"])
-    proof = result.get("proof")
-    if proof and proof["state"] != "proven":
-        told = proof.get("reason") or "its logits differ from those of the model here"
-        print(f"pushed as commit {result['commit'][:8]}, but not proven: {told}", file=sys.stderr)
-        return 1
-    return 0
+        for entry in result["pushed"]:
+            print((entry.get("pull_request") or entry["url"]) + ("" if entry["changed"] else ": nothing has changed"))
+    unproven = [
+        entry for entry in result.get("pushed", ()) if entry.get("proof", {}).get("state", "proven") != "proven"
+    ]
+    for entry in unproven:
+        told = entry["proof"].get("reason") or "its logits differ from those of the model here"
+        print(f"{entry['url']}: is pushed as commit {entry['commit'][:8]}, but not proven: {told}", file=sys.stderr)
+    return 1 if unproven else 0
 
 
 def _push_dataset(folder: Path, options: argparse.Namespace, report: jobs.Reporter) -> dict[str, Any]:
@@ -119,31 +122,48 @@ def _push_dataset(folder: Path, options: argparse.Namespace, report: jobs.Report
         commit_message=f"{lineage['name']}, version {lineage['version']}",
         report=report,
     )
-    return {"url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}
+    return {"pushed": [{"what": "dataset", "url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}]}
 
 
 def _push_run(options: argparse.Namespace, settings: Settings, report: jobs.Reporter) -> dict[str, Any]:
     run = RunStore(settings).get(options.source)
-    how = publishing.Publication(
-        what=options.what or "adapter",
-        private=not options.public,
-        revision=options.revision,
-        pull_request=options.pull_request,
-        version=options.version or "",
-        force=options.force,
-        onto=options.onto,
-    )
-    if how.onto and how.what == "adapter":
-        raise RunError("--onto: only for --what merged; an adapter is not merged")
-    push = publishing.prepare(run, options.repo_id, how, token=_token(options), report=report)
+    what = list(dict.fromkeys((options.what or "adapter").split(",")))
+    problems = [
+        f"--what {one!r}: choose from {', '.join(publishing.WHAT)}" for one in what if one not in publishing.WHAT
+    ]
+    if options.onto and "merged" not in what:
+        problems.append("--onto: only for --what merged; an adapter is not merged")
+    if problems:
+        raise RunError(*problems)
+    if options.card:
+        publishing.keep_card_text(run, publishing.read_card_text(Path(options.card)))
+    token = _token(options)
+    pushes = publishing.Together(run, tuple(
+        publishing.prepare(
+            run,
+            name,
+            publishing.Publication(
+                what=one,
+                private=not options.public,
+                revision=options.revision,
+                pull_request=options.pull_request,
+                version=options.version or "",
+                force=options.force,
+                onto=options.onto if one == "merged" else None,
+            ),
+            token=token,
+            report=report,
+        )
+        for one, name in publishing.repositories(options.repo_id, what).items()
+    ))  # fmt: skip
     if options.plan:
-        return _shown(publishing.agreement(run, push))
-    return publishing.publish(run, push, publishing.UNSEEN if options.yes else options.agreed)
+        return _shown(pushes.agreement)
+    return {"pushed": pushes.publish(publishing.UNSEEN if options.yes else options.agreed)}
 
 
 def _shown(asked: publishing.Agreement) -> dict[str, Any]:
     told = {"plan": list(asked.sentences), "warnings": list(asked.warnings), "agree": asked.digest}
-    return {**told, "needed": asked.needed, "changed": False}
+    return {**told, "needed": asked.needed}
 
 
 def _versions(options: argparse.Namespace, settings: Settings) -> int:

@@ -27,6 +27,7 @@ from qlora_core.settings import Settings
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 JOB = "QLORA_LAB_JOB"
 SAY_EVERY_SECONDS = 0.3
+GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,22 @@ class Job:
         return found
 
     def cancel(self) -> None:
-        """Ask it to end; what it has half made is removed by itself."""
+        """Ask it to end, and end it where it does not, as in an upload whose threads wait; it removes what it has half made."""
         with suppress(OSError):
             (self.folder / "cancel").touch()
         with suppress(OSError, ValueError, ProcessLookupError):
             if self._is_alive():
-                os.kill(int((self.folder / "lock").read_text()), signal.SIGTERM)
+                os.kill(process := int((self.folder / "lock").read_text()), signal.SIGTERM)
+                threading.Thread(target=self._end, args=(process,), daemon=True).start()
+
+    def _end(self, process: int) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._is_alive():
+            if time.monotonic() > deadline:
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)  # with its own workers
+                return
+            time.sleep(0.1)
 
     def _is_alive(self) -> bool:
         if not (self.folder / "lock").exists():
@@ -103,6 +114,17 @@ class Job:
 def find(job_id: str, settings: Settings) -> Job | None:
     folder = settings.home / "jobs" / job_id
     return Job(folder) if re.fullmatch(r"[0-9a-f]{24}", job_id) and (folder / "arguments.json").exists() else None
+
+
+def running(beginning: Sequence[str], settings: Settings) -> Job | None:
+    """A job that goes on and whose arguments begin so; that of a page that was closed or loaded again, say."""
+    for path in (settings.home / "jobs").glob("*/arguments.json"):
+        job = Job(path.parent)
+        with suppress(OSError, ValueError):
+            progress = job.progress() if job.arguments[: len(beginning)] == list(beginning) else None
+            if progress and progress.state == RUNNING:
+                return job
+    return None
 
 
 def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = None, again: bool = False) -> Job:

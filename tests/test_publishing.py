@@ -59,7 +59,7 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
 
 def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(served: Hub, run: Run) -> None:
     done = lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json")
-    entry = said(done)
+    (entry,) = said(done)["pushed"]
     assert entry["proof"]["state"] == "proven", entry["proof"]
     assert entry["proof"]["largest_difference"] == 0 and entry["proof"]["rows"] == 3
     assert "alice/tiny: is made, private" in done.stderr
@@ -70,7 +70,9 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     record = json.loads(served.read(repo, "release.json"))
     (last,) = [e["loss"] for e in run.result()["train_info"]["eval_losses"] if e["step"] == 6]  # type: ignore[index]
     assert record["metrics"]["eval_loss"] == last and record["eval_fingerprint"] == run.dataset().eval_fingerprint
-    assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json"))["changed"]
+    assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json"))["pushed"][0][
+        "changed"
+    ]
     assert published(run) == [entry], "what was proven is not proven again"
     # A version that was twice as good is there now.
     better = record | {"version": "v2", "metrics": {"eval_loss": last / 2}}
@@ -90,7 +92,7 @@ def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run)
     """And goes by Xet, from a process of its own."""
     arguments = ("push", run.run_id, "--repo-id", "whole", "--what", "merged", "--public", "--yes", "--json")
     served.requests.clear()
-    entry = said(lab(served, run, *arguments, xet=True))
+    (entry,) = said(lab(served, run, *arguments, xet=True))["pushed"]
     assert any("/xet-write-token/" in seen.path for seen in served.requests)
     assert entry["proof"]["state"] == "proven", entry["proof"]
     repo = served.repo("alice/whole", "models")
@@ -108,7 +110,7 @@ def test_what_comes_back_with_other_bytes_is_pushed_but_not_proven(
 
     monkeypatch.setattr(served, "content", damaged)
     done = lab(served, run, "push", run.run_id, "--repo-id", "damaged", "--yes", "--json")
-    entry = json.loads(done.stdout)
+    (entry,) = json.loads(done.stdout)["pushed"]
     assert done.returncode == 1 and "not proven" in done.stderr
     assert entry["proof"]["state"] == "failed"
     assert "came back with other bytes in adapter_config.json" in entry["proof"]["reason"]
@@ -121,13 +123,13 @@ def test_an_unknown_licence_and_a_change_are_agreed_to_by_what_was_shown(served:
     assert "licence of the dataset is unknown" in refused.stderr and ("models", "alice/agreed") not in served.repos
     shown = said(lab(served, run, *asked, "--plan", "--json"))
     assert shown["needed"] and f"--agreed {shown['agree']}" in refused.stderr
-    assert said(lab(served, run, *asked, "--agreed", shown["agree"], "--json"))["changed"]
+    assert said(lab(served, run, *asked, "--agreed", shown["agree"], "--json"))["pushed"][0]["changed"]
     (run.path / "card.json").write_text(json.dumps({"intended_use": "To <b>test</b>."}))
     changed = lab(served, run, *asked, "--agreed", shown["agree"], "--json")
     told = json.loads(changed.stdout)
     assert changed.returncode == 2 and "something else than what was agreed to" in changed.stderr
     assert "changes README.md" in "".join(told["plan"])
-    assert said(lab(served, run, *asked, "--agreed", told["agree"], "--json"))["version"] == "v2"
+    assert said(lab(served, run, *asked, "--agreed", told["agree"], "--json"))["pushed"][0]["version"] == "v2"
     assert rb"To \<b>test\</b>" in served.read(served.repo("alice/agreed", "models"), "README.md").replace(b"\\>", b">")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from helpers import wait_for
-from hub_server import Hub, hub
+from hub_server import HOLD, Hub, hub
 from tiny_models import make_run, train_here
 
 from qlora_core.runs import Run
@@ -46,50 +46,89 @@ def served(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 def part(run: Run) -> PushPart:
     with gr.Blocks(analytics_enabled=False):
-        return PushPart(run.settings)
+        made, dropdown = PushPart(run.settings), gr.Dropdown([])
+        made.connect(dropdown, gr.Radio(["original", "dequantized"], value="dequantized"), {})
+        return made
 
 
-def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> str:
-    job_id, _, first = started
+def asked(
+    run: Run, repository: str = "alice/page", what: tuple[str, ...] = ("adapter",), **more: Any
+) -> tuple[Any, ...]:
+    values = {"public": False, "version": "", "branch": "", "pull_request": False, "force": False} | more
+    return run.run_id, list(what), "dequantized", repository, *values.values()
+
+
+def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool]:
+    """(what is told, whether it can be agreed to)"""
+    job_id, _, first, *_ = started
     assert job_id, first
-    ended: list[str] = []
+    ended: list[Any] = []
 
     def has_ended() -> bool:
-        timer, text = part.tick(job_id)
-        ended[:] = [text]
+        _, timer, text, agree, _ = part.pushing.tick(job_id)
+        ended[:] = [text, agree.visible]
         return not timer.active
 
     wait_for(has_ended, seconds=120)
-    return ended[0]
+    return ended[0], ended[1]
 
 
-def test_a_model_is_planned_pushed_and_proven(run: Run, served: Hub, part: PushPart) -> None:
-    shown, name, warning, confirm, earlier = part.show(run.run_id)
-    assert shown.visible and confirm.visible and "licence of the dataset is unknown" in warning
-    assert name.placeholder.startswith("owner/") and "Not pushed yet" in earlier
-    asked = (run.run_id, "adapter", "alice/page", False, ALICE)
-    plan = told_at_the_end(part, part.plan(*asked, False))
-    assert "alice/page: is made, private" in plan and "alice/page" not in [name for _, name in served.repos]
-    refused = part.begin(*asked, False)
-    assert not refused[0] and "Publish all the same" in refused[2]
-    done = told_at_the_end(part, part.begin(*asked, True))
-    assert "✓ Downloaded again and loaded: the logits are equal." in done and "version v1" in done
+def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, part: PushPart) -> None:
+    shown, name, warning, earlier, *_ = part.show(run.run_id)
+    assert shown.visible and "licence of the dataset is unknown" in warning
+    assert name and "Not pushed yet" in earlier
+    wanted = asked(run)
+    planned = part.pushing.plan(ALICE, *wanted)
+    plan, can_agree = told_at_the_end(part, planned)
+    assert "alice/page: is made, private" in plan and "licence of the dataset is unknown" in plan and can_agree
+    begun = part.pushing.begin(ALICE, *wanted)
+    assert told_at_the_end(part, begun) == (plan, True) and not served.repos, (
+        "what nobody has agreed to is shown instead"
+    )
+    other, can_agree = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *asked(run, "alice/other")))
+    assert can_agree and "alice/other: is made" in other and not served.repos, "agreed was to another push"
+    done, can_agree = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *wanted))
+    assert "✓ Downloaded again and loaded: the logits are equal." in done and "version v1" in done and not can_agree
     assert served.repo("alice/page", "models").private
-    assert "alice/page v1" in part.show(run.run_id)[4]
+    assert "alice/page v1" in part.show(run.run_id)[3] and part.show(run.run_id)[1] == "alice/page"
     kept = [path for path in run.settings.home.rglob("*") if path.is_file()]
     assert not [path for path in kept if ALICE.encode() in path.read_bytes()], "the token is nowhere"
 
 
+def test_adapter_and_merged_model_go_together_into_two_repositories(run: Run, served: Hub, part: PushPart) -> None:
+    wanted = asked(run, "alice/both", ("adapter", "merged"))
+    begun = part.pushing.begin(ALICE, *wanted)
+    plan, _ = told_at_the_end(part, begun)
+    assert "alice/both: is made" in plan and "alice/both-merged: is made" in plan
+    done, _ = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *wanted))
+    assert done.count("✓ Downloaded again") == 2
+    assert "model.safetensors" in served.repo("alice/both-merged", "models").head.files
+
+
+def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancelled(
+    run: Run, served: Hub, part: PushPart
+) -> None:
+    wanted = asked(run, "alice/slow")
+    planned = part.pushing.plan(ALICE, *wanted)
+    told_at_the_end(part, planned)
+    served.once.append(("PUT", "/cdn/", HOLD))
+    begun = part.pushing.go_on(planned[0], ALICE, *wanted)
+    assert served.holding.wait(60)
+    again = part.show(run.run_id)[4:]
+    assert again[0] == begun[0] and again[1].active and "Sending" in again[2] and again[4].visible
+    part.pushing.stop(begun[0])
+    told, can_agree = told_at_the_end(part, begun)
+    assert "Cancelled" in told and not can_agree
+    assert [commit.title for commit in served.repo("alice/slow", "models").commits] == ["initial commit"]
+    assert part.show(run.run_id)[4] == ""
+
+
 def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPart) -> None:
-    job, _, told = part.begin(run.run_id, "adapter", " ", False, "", False)
+    job, _, told, *_ = part.pushing.begin("", *asked(run, " ", ()))
     assert not job
-    for words in (
-        "licence of the dataset is unknown",
-        "no token; type one in",
-        "no repository is named; write owner/name",
-    ):
+    for words in ("nothing is chosen", "no token; type one in", "no repository is named; write owner/name"):
         assert words in told
-    failed = told_at_the_end(part, part.begin(run.run_id, "adapter", "bob/page", False, ALICE, True))
+    failed, _ = told_at_the_end(part, part.pushing.begin(ALICE, *asked(run, "bob/page")))
     assert "Not pushed" in failed and "bob" in failed
     assert part.show("nothing")[0].visible is False
 
@@ -97,4 +136,4 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
 def test_on_a_space_nobody_pushes_as_its_owner(run: Run, part: PushPart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", ALICE)
     monkeypatch.setenv("SPACE_ID", "alice/lab")
-    assert "no token; type one in" in part.begin(run.run_id, "adapter", "alice/page", False, "", True)[2]
+    assert "no token; type one in" in part.pushing.begin("", *asked(run))[2]

@@ -33,6 +33,11 @@ _NON_COMMERCIAL = re.compile(r"(^|[^a-z])nc([^a-z]|$)|non[- ]?commercial|researc
 _NO_DERIVATIVES = re.compile(r"(^|[^a-z])nd([^a-z]|$)|no[- ]?deriv")
 
 
+def licence_names() -> list[str]:
+    """What a person may choose from, none first."""
+    return ["", *sorted(HUB_LICENCES - {UNKNOWN, "other"})]
+
+
 def hub_licence(named: str | None) -> str:
     """The Hub's id of a licence; "unknown" where none is named, "other" where the Hub has no id for it."""
     text = plain(named or "").lower()

@@ -2,7 +2,8 @@
 
 from qlora_core.publishing.agreement import UNSEEN, Agreement, NotAgreed
 from qlora_core.publishing.models import WHAT, Publication, agreement, prepare, publish
-from qlora_core.publishing.record import card_text, keep_card_text, published
+from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text
+from qlora_core.publishing.together import Together, repositories
 
 __all__ = [
     "UNSEEN",
@@ -10,10 +11,13 @@ __all__ = [
     "Agreement",
     "NotAgreed",
     "Publication",
+    "Together",
     "agreement",
     "card_text",
     "keep_card_text",
     "prepare",
     "publish",
     "published",
+    "read_card_text",
+    "repositories",
 ]

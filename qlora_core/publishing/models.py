@@ -112,7 +112,6 @@ def publish(run: Run, push: ModelPush, agreed: str | None) -> dict[str, Any]:
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
         asked = agreement(run, push)
-        push.report("\n".join((*asked.sentences, *asked.warnings)))
         asked.check(agreed)
         pushed = push.run(asked.plan)
         before = published(run)

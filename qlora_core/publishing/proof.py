@@ -1,6 +1,7 @@
 """The proof of a push: downloaded again into an empty cache, loaded as the card says, and its logits compared with ours."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ def prove(run: Run, push: ModelPush, pushed: hub.PushedModel) -> dict[str, Any]:
             f"loading it needs {needed} of host memory, {_gib(available)} are free; end other programs, then push again"
         )
     push.report("Downloading it again and loading it")
+    for left in run.path.glob(".proof-*"):  # of a push that was ended in the middle of this
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".proof-") as cache:
         try:
             downloaded = download(pushed, Path(cache), token=push.token, endpoint=push.endpoint)

@@ -2,7 +2,10 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from qlora_core.errors import ConfigError
 from qlora_core.model_card import CardText
@@ -28,6 +31,23 @@ def card_text(run: Run) -> CardText:
     path = run.path / CARD
     values = json.loads(path.read_text()) if path.exists() else {}
     return CardText(**{name: values[name] for name in CardText.__dataclass_fields__ if name in values})
+
+
+def read_card_text(file: Path) -> CardText:
+    """A person's words from a YAML file of `field: text`. Raises ConfigError naming all that is wrong."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
+    known = list(CardText.__dataclass_fields__)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: is {type(values).__name__}; write `field: text` lines with {', '.join(known)}")
+    strange = [name for name in values if name not in known]
+    problems = [f"{file}: has a field {name!r}; those of a card are {', '.join(known)}" for name in strange]
+    problems += [f"{file}: {name} is no text" for name in known if not isinstance(values.get(name, ""), str)]
+    if problems:
+        raise ConfigError(*problems)
+    return CardText(**values)
 
 
 def keep_card_text(run: Run, text: CardText) -> None:

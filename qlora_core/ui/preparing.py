@@ -205,12 +205,11 @@ class PreparePanel:
             return gr.Timer(active=progress is not None), progress_html(progress)
         if progress.state != jobs.DONE:
             return gr.Timer(active=False), problems_panel(progress.problems, title="Not pushed")
-        url, changed = progress.result["url"], progress.result["changed"]
+        (pushed,) = progress.result["pushed"]
+        url, changed = pushed["url"], pushed["changed"]
         told = "Pushed" if changed else "Nothing has changed since the last push"
         link = f'<a class="lab-link" href="{esc(url)}" target="_blank" rel="noopener">{esc(url)}</a>'
-        return gr.Timer(
-            active=False
-        ), f'<p class="lab-hint">{told}: commit {esc(progress.result["commit"][:10])}</p>{link}'
+        return gr.Timer(active=False), f'<p class="lab-hint">{told}: commit {esc(pushed["commit"][:10])}</p>{link}'
 
 
 def _component(name: str, value: Any) -> gr.components.Component:

@@ -66,7 +66,7 @@ class PublishTab:
     def connect(self, hidden: dict[str, Any]) -> None:
         shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file]
         self.run.change(self.show, self.run, shown, **hidden)
-        self.push.connect(self.run, hidden)
+        self.push.connect(self.run, self.onto, hidden)
         self.export.input(lambda export: _hint(ABOUT[export]), self.export, self.about, **hidden)
         self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
         self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(

@@ -1,0 +1,117 @@
+"""The versions of a model on the Hub, compared with each other, and the way back to one of them. Keeps nothing."""
+
+from itertools import pairwise
+from typing import Any
+
+import gradio as gr
+
+from qlora_core import hub
+from qlora_core.errors import LabError
+from qlora_core.hub import RolledBack, Version, machine_token
+from qlora_core.ui.pushing import NO_TOKEN, repository
+from qlora_core.ui.words import empty, esc, problems_panel
+
+HEADER = ("version", "what", "measured", "against the one before", "rows", "commit")
+
+
+class VersionsPart:
+    def __init__(self) -> None:
+        with gr.Accordion("Versions on the Hub", open=False, elem_id="versions"):
+            self.show = gr.Button("Show versions of this repository", elem_id="versions-show")
+            self.table = gr.HTML("", elem_id="versions-table")
+            with gr.Row(visible=False, elem_classes="lab-ask", elem_id="versions-back") as self.back:
+                self.version = gr.Dropdown([], label="Version", min_width=180, elem_id="versions-version")
+                self.force = gr.Checkbox(
+                    label="Also over what others changed there", value=False, min_width=220, elem_id="versions-force"
+                )
+                self.look = gr.Button("What would change", elem_id="versions-look")
+                self.go = gr.Button("Go back to it", variant="stop", elem_id="versions-go")
+            self.told = gr.HTML("", elem_id="versions-told")
+
+    def connect(self, repo: gr.Textbox, token: gr.Textbox, hidden: dict[str, Any]) -> None:
+        listed = [self.table, self.back, self.version, self.told]
+        asked = [repo, token, self.version, self.force]
+        self.show.click(self.list, [repo, token], listed, **hidden)
+        self.look.click(self.plan, asked, self.told, **hidden)
+        self.go.click(self.roll_back, asked, self.told, **hidden).then(
+            lambda *given: self.list(*given)[0], [repo, token], self.table, **hidden
+        )
+
+    def list(self, repo: str, token: str) -> tuple[Any, ...]:
+        try:
+            found = hub.versions(repository(repo), (token or "").strip() or machine_token())
+        except LabError as error:
+            return problems_panel(error.problems, title="No versions"), gr.Row(visible=False), gr.skip(), ""
+        names = [version.version for version in found if not version.current]
+        versions = gr.Dropdown(choices=names, value=next(iter(names), None))
+        return versions_html(found), gr.Row(visible=bool(names)), versions, ""
+
+    def plan(self, *asked: Any) -> str:
+        return self._back(*asked, plan=True)
+
+    def roll_back(self, *asked: Any) -> str:
+        return self._back(*asked, plan=False)
+
+    def _back(self, repo: str, token: str, version: str | None, force: bool, *, plan: bool) -> str:
+        secret = (token or "").strip() or machine_token()
+        problems = [
+            text for text, missing in ((NO_TOKEN, not secret), ("no version is chosen", not version)) if missing
+        ]
+        try:
+            if not problems:
+                back = hub.rollback(repository(repo), str(version), str(secret), force=force, plan=plan)
+                return told_html(back, plan=plan)
+        except LabError as error:
+            problems += error.problems
+        return problems_panel(problems, title="Nothing has changed")
+
+
+def versions_html(found: list[Version]) -> str:
+    """Newest first; each compared with the next older one that has the same measure."""
+    if not found:
+        return empty("No versions yet", "Each push makes one, tagged v1, v2 and so on.")
+    older = [*(later for _, later in pairwise(found)), None]
+    rows = "".join(_row(version, before) for version, before in zip(found, older, strict=True))
+    head = "".join(f"<th>{name}</th>" for name in HEADER)
+    return f'<div class="lab-scroll"><table class="lab-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _row(version: Version, before: Version | None) -> str:
+    release, now = version.release, " · now" if version.current else ""
+    if release is None:
+        told = ("not made here", "–", "–", "–")
+    else:
+        measured = (
+            ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items()) or "nothing"
+        )
+        told = (release.what, measured, _change(version, before), release.dataset_fingerprint[:8])
+    return "".join(
+        ["<tr>", *(f"<td>{esc(text)}</td>" for text in (version.version + now, *told, version.commit[:8])), "</tr>"]
+    )
+
+
+def _change(version: Version, before: Version | None) -> str:
+    """Only where both were evaluated on the same rows."""
+    new, old = version.release, before.release if before else None
+    if new is None or old is None:
+        return "–"
+    if not new.eval_fingerprint or new.eval_fingerprint != old.eval_fingerprint:
+        return "evaluated on other rows"
+    both = [name for name in new.metrics if name in old.metrics and name != "train_loss"]
+    return ", ".join(f"{name.replace('_', ' ')} {new.metrics[name] - old.metrics[name]:+.4f}" for name in both) or "–"
+
+
+def told_html(back: RolledBack, *, plan: bool) -> str:
+    if not (back.restores or back.removes):
+        return f'<p class="lab-hint">The main branch holds {esc(back.version)} already.</p>'
+    items = "".join(
+        f"<li>{doing} {esc(', '.join(names))}</li>"
+        for doing, names in (("restores", back.restores), ("removes", back.removes))
+        if names
+    )
+    title = (
+        f"Going back to {back.version} is one new commit that"
+        if plan
+        else f"Back at {back.version}, commit {back.commit[:8]}"
+    )
+    return f'<div class="lab-card"><h3>{esc(title)}</h3><ul>{items}</ul></div>'
