@@ -4,6 +4,7 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 """
 
 from qlora_core.hub.access import Account, account, full_name, machine_token
+from qlora_core.hub.collections import CollectionItem, check_collection, push_collection
 from qlora_core.hub.dataset_push import PushedDataset, dataset_versions
 from qlora_core.hub.datasets import plan_dataset, push_dataset
 from qlora_core.hub.faults import hub_errors, reason
@@ -16,6 +17,7 @@ from qlora_core.hub.reports import plan_report, push_report
 __all__ = [
     "Account",
     "Probe",
+    "CollectionItem",
     "PushPlan",
     "PushedDataset",
     "PushedModel",
@@ -23,6 +25,7 @@ __all__ = [
     "RolledBack",
     "Version",
     "account",
+    "check_collection",
     "dataset_versions",
     "full_name",
     "hub_errors",
@@ -31,6 +34,7 @@ __all__ = [
     "plan_push",
     "plan_report",
     "probe",
+    "push_collection",
     "push_dataset",
     "push_model",
     "push_report",
