@@ -147,7 +147,8 @@ def test_the_line_says_whose_token_it_is_and_what_it_may_do(served: Hub, monkeyp
     assert "alice, by the token typed in (write). May write to: alice, acme." in said[ALICE]
     assert "lab-warn" in said[READER] and "may only read; make one that may write" in said[READER]
     assert (
-        "The token typed in will not do" in said[f"hf_{MARK}<b>"] and "invalid or has expired" in said[f"hf_{MARK}<b>"]
+        "The token typed in cannot be used: the Hub does not accept" in said[f"hf_{MARK}<b>"]
+        and "invalid or has expired" in said[f"hf_{MARK}<b>"]
     )
     assert not any(MARK in text for text in said.values())
     monkeypatch.setattr("qlora_core.ui.identity.machine_token", lambda: ALICE)
@@ -294,7 +295,7 @@ def test_a_sign_in_that_has_expired_or_was_withdrawn_is_told(
     expect(visitor.line).to_contain_text("Signed in as alice")
     served.tokens.pop(signing_in.issued["alice"][0])
     visitor.page.reload()
-    expect(visitor.line).to_contain_text("The sign-in will not do. account: the Hub does not accept the token")
+    expect(visitor.line).to_contain_text("The sign-in cannot be used: the Hub does not accept the token")
     assert "invalid or has expired" in visitor.push("alice/x")
     visitor.page.locator("#sign-in").click()
     expect(visitor.line).to_contain_text("Nobody is known to the Hub yet")

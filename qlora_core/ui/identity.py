@@ -51,22 +51,23 @@ class Identity:
     """Builds the button, the field and the line that says who acts; `token` is an input of every handler that needs one."""
 
     def __init__(self) -> None:
-        with gr.Row(equal_height=True, elem_id="identity"):
+        with gr.Row(elem_id="identity"):
+            with gr.Column(scale=1, min_width=240):
+                self.line = gr.HTML("", min_height=28, elem_id="identity-line")
             self.button = None
             if can_sign_in():
                 self.button = gr.LoginButton(
-                    logout_value="Sign out {}", size="md", elem_id="sign-in", scale=0, min_width=240
+                    logout_value="Sign out {}", size="md", elem_id="sign-in", scale=0, min_width=270
                 )
-            self.token = gr.Textbox(
-                label="Or a token, for this session only" if self.button else "Token of the Hub, for this session only",
-                type="password",
-                max_lines=1,
-                placeholder=self._placeholder(),
-                info="With write permission. It stays in this field until the page is closed or loaded again, and nowhere else.",
-                html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
-                elem_id="identity-token",
-            )
-        self.line = gr.HTML("", min_height=28, elem_id="identity-line")
+        self.token = gr.Textbox(
+            label="Or a token, for this session only" if self.button else "Token of the Hub, for this session only",
+            type="password",
+            max_lines=1,
+            placeholder=self._placeholder(),
+            info="With write permission. It stays in this field until the page is closed or loaded again, and nowhere else.",
+            html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
+            elem_id="identity-token",
+        )
 
     def _placeholder(self) -> str:
         return "not needed when signed in" if self.button else "that of this machine" if machine_token() else "hf_…"
@@ -104,12 +105,13 @@ class Identity:
 
 def line_html(found: Probe, how: str, *, until: float | None) -> str:
     """Who, by which token, until when, and what may be written; or why the token will not do."""
+    problems = "; ".join(problem.removeprefix("account: ") for problem in found.problems)
     if found.account is None:
-        return _warning(f"The {'sign-in' if how == SIGNED_IN else how} will not do. {'; '.join(found.problems)}.")
+        return _warning(f"The {'sign-in' if how == SIGNED_IN else how} cannot be used: {problems}.")
     who = f"Signed in as {found.name}" if how == SIGNED_IN else f"{found.name}, by the {how} ({found.kind})"
     who += f", until {clock(until)}" if until else ""
-    if found.problems:
-        return _warning(f"{who}. {'; '.join(found.problems)}.")
+    if problems:
+        return _warning(f"{who}: {problems}.")
     return _hint(f"{who}. May write to: {', '.join(found.namespaces)}.")
 
 
