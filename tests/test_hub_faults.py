@@ -68,8 +68,8 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def push(served: Hub, folder: Path) -> PushedModel:
-    asked: dict[str, Any] = {"token": ALICE, "endpoint": served.url, "release": Release("adapter"), "files": CARD}
+def push(served: Hub, folder: Path, token: str = ALICE) -> PushedModel:
+    asked: dict[str, Any] = {"token": token, "endpoint": served.url, "release": Release("adapter"), "files": CARD}
     return push_model(folder, "mine", **asked, agreed=plan_push(folder, "mine", **asked).digest)
 
 
@@ -146,6 +146,19 @@ def test_a_connection_that_is_cut_for_good_is_told_and_one_that_comes_back_is_no
     assert "cannot be reached, or the connection broke" in refused(served, adapter)
     served.once = []
     arrives(served, adapter, content, "v2")
+
+
+def test_a_sign_in_that_is_refused_is_told_what_it_may_lack(served: Hub, adapter: Path) -> None:
+    """A push in a process of its own does not know the scopes; the Hub says only that it is not allowed."""
+    text = f"hf_oauth_{MARK}"
+    served.add_oauth_token("alice", "openid profile contribute-repos read-repos", text=text)
+    push(served, adapter)
+    changed(adapter)
+    with pytest.raises(HubError) as found:
+        push(served, adapter, token=text)
+    told = str(found.value)
+    assert "has not made takes the scope write-repos or manage-repos" in told and MARK not in told
+    assert len(served.repo("alice/mine", "models").commits) == 2
 
 
 # In parts

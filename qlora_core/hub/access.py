@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from qlora_core.errors import HubError
+from qlora_core.hub import scopes
 from qlora_core.hub.faults import SIGN_IN, hub_errors
 
 NAME_CHARACTERS = 96  # of owner and name together, as huggingface_hub checks
@@ -78,7 +79,7 @@ def _account(told: dict[str, Any], token: str) -> Account:
     expires = _time(auth.get("expiresAt") or access.get("expiration"))
     if role == "fineGrained" and (entries := (access.get("fineGrained") or {}).get("scoped")) is not None:
         return _fine_grained(name, member, entries, expires)
-    of_a_person = not access or token.startswith("hf_oauth_")
+    of_a_person = not access or token.startswith(scopes.PREFIX)
     kind = OAUTH if of_a_person else READ if role == "read" else FINE_GRAINED if role == "fineGrained" else WRITE
     return Account(name, member, role != "read", kind, expires=expires)
 

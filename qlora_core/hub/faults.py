@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_core.errors import HubError, LabError
+from qlora_core.hub import scopes
 
 SIGN_IN = "sign in, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
 # Xet's client has no exceptions of its own and says the status only in words.
@@ -62,7 +63,8 @@ def reason(error: BaseException, token: str | None) -> str:
             "that may write there, or look at the space on the settings page of the account"
         )
     if status == 403:
-        return f"the Hub does not allow it to this token ({text}); use a token that may write there"
+        remedy = scopes.refused() if (token or "").startswith(scopes.PREFIX) else "use a token that may write there"
+        return f"the Hub does not allow it to this token ({text}); {remedy}"
     if status in (409, 412):
         return "was changed by someone else at the same time, and nothing was written; try again"
     if status == 429:

@@ -10,20 +10,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_core.errors import HubError
+from qlora_core.hub import scopes
 from qlora_core.hub.access import FINE_GRAINED, KINDS, OAUTH, TOKENS_PAGE, Account, account, full_name
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import RepoType
+from qlora_core.hub.scopes import COLLECTS, DISCUSSES
 from qlora_core.wording import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Also = Literal["pull request", "collection"]
-# https://huggingface.co/docs/hub/oauth, "Currently supported scopes"
-WRITES = ("write-repos", "manage-repos")
-CREATES = ("contribute-repos", "manage-repos")
-READS_PRIVATE = ("read-repos", *WRITES)
-DISCUSSES, COLLECTS = "write-discussions", "write-collections"
 SPACE_UNKNOWN = (
     "how much space is left there is not known before the push; what does not fit is refused and publishes nothing"
 )
@@ -61,7 +58,11 @@ class Probe:
     @property
     def namespaces(self) -> tuple[str, ...]:
         """Where it may make repositories, or write into those that are there."""
-        return self.account.namespaces if self.account and _has(self.scopes, (*WRITES, *CREATES)) else ()
+        return (
+            self.account.namespaces
+            if self.account and scopes.has(self.scopes, (*scopes.WRITES, *scopes.CREATES))
+            else ()
+        )
 
     @property
     def expires(self) -> float | None:
@@ -71,9 +72,9 @@ class Probe:
         """All of it in words, what is in the way last."""
         if self.account is None:
             return list(self.problems)
-        scopes = f", with the scopes {', '.join(self.scopes)}" if self.scopes is not None else ""
+        given = f", with the scopes {', '.join(self.scopes)}" if self.scopes is not None else ""
         until = f", until {datetime.fromtimestamp(self.expires):%d %b %H:%M}" if self.expires else ""
-        found = [f"{_token(self.account)}{scopes}{until}; it may write to: {', '.join(self.namespaces) or 'nothing'}"]
+        found = [f"{_token(self.account)}{given}{until}; it may write to: {', '.join(self.namespaces) or 'nothing'}"]
         if self.repo_id and self.exists is not None:
             state = "is not there yet" if not self.exists else "is there, " + ("private" if self.private else "public")
             found.append(f"{self.repo_id}: {state}; {self.space}")
@@ -99,8 +100,8 @@ def probe(
         who = account(token, endpoint=endpoint)
     except HubError as error:
         return Probe(None, problems=error.problems)
-    scopes = tuple(scope.split()) if scope and who.kind == OAUTH else None
-    look = _Look(who, token, scopes, kind, private, tuple(also), endpoint)
+    given = tuple(scope.split()) if scope and who.kind == OAUTH else None
+    look = _Look(who, token, given, kind, private, tuple(also), endpoint)
     return look.at(repo_id) if repo_id is not None else look.found()
 
 
@@ -127,8 +128,8 @@ class _Look:
     def found(self, **known: object) -> Probe:
         """Everything so far, with what is known of the token alone."""
         problems = [*([] if self.who.may_write else [self.who.read_only()]), *self.problems]
-        if not _has(self.scopes, (*WRITES, *CREATES)):
-            problems.insert(0, f"{_token(self.who)}: may only read; {_ask_for(self.who, CREATES)}")
+        if not scopes.has(self.scopes, (*scopes.WRITES, *scopes.CREATES)):
+            problems.insert(0, f"{_token(self.who)}: may only read; {scopes.ask_for(scopes.CREATES, self.who.name)}")
         if "collection" in self.also and (missing := self._missing(COLLECTS, "collection.write")):
             problems.append(f"a collection: {missing}")
         return Probe(self.who, self.scopes, problems=tuple(problems), notes=tuple(self.notes), **known)  # type: ignore[arg-type]
@@ -193,7 +194,7 @@ class _Look:
     def _why_not(self) -> str:
         if self.who.kind == OAUTH:
             reach = "this sign-in reaches only repositories that this app has made"
-            return f"{reach}; choose another name, or {_ask_for(self.who, WRITES)}"
+            return f"{reach}; choose another name, or {scopes.ask_for(scopes.WRITES, self.who.name)}"
         if self.who.kind == FINE_GRAINED:
             return (
                 f"this token may not write there; choose another name, or give it write access to it on {TOKENS_PAGE}"
@@ -209,25 +210,27 @@ class _Look:
         for other in others:
             if self.api.repo_exists(name, repo_type=other):
                 self.problems.append(f"{what}: there is a {other} of this name; choose another name for the model")
-        creates = _has(self.scopes, CREATES)
-        if not creates and _has(self.scopes, WRITES):
-            self.problems.append(f"{what}: is not there, and may not be made; {_ask_for(self.who, CREATES)}")
+        creates = scopes.has(self.scopes, scopes.CREATES)
+        if not creates and scopes.has(self.scopes, scopes.WRITES):
+            self.problems.append(
+                f"{what}: is not there, and may not be made; {scopes.ask_for(scopes.CREATES, self.who.name)}"
+            )
         if name in self.who.repositories and not self.who.writes_to(name.partition("/")[0]):
             self.problems.append(
                 f"{what}: is not there, and this token may write into it but not make it; make it on the Hub first"
             )
-        if not _has(self.scopes, READS_PRIVATE):
+        if not scopes.has(self.scopes, scopes.READS_PRIVATE):
             self.notes.append(
                 f"{what}: is not there as far as this sign-in can see; a private one that another app or you have made would "
                 "refuse the push, which then needs another name or the scope write-repos"
             )
         return self.who.may_write and creates and len(self.problems) == before
 
-    def _missing(self, scope: str, permission: str) -> str:
+    def _missing(self, wanted: str, permission: str) -> str:
         """What the token lacks for discussions or collections; empty where it lacks nothing, or that is not told."""
         if self.who.kind == OAUTH:
-            lacks = not _has(self.scopes, (scope,))
-            return f"this sign-in may not do that; {_ask_for(self.who, (scope,))}" if lacks else ""
+            lacks = not scopes.has(self.scopes, (wanted,))
+            return f"this sign-in may not do that; {scopes.ask_for((wanted,), self.who.name)}" if lacks else ""
         if self.who.kind == FINE_GRAINED and self.who.permissions:
             lacks = not any(told.endswith(f" {permission}") for told in self.who.permissions)
             return f"this token may not do that; give it the permission {permission} on {TOKENS_PAGE}" if lacks else ""
@@ -248,18 +251,5 @@ class _Look:
         return f"{owner} uses {least}{size(sum(used))} in private repositories; {SPACE_UNKNOWN}"
 
 
-def _has(scopes: Collection[str] | None, names: Collection[str]) -> bool:
-    """One of the scopes, or that is not told."""
-    return scopes is None or any(name in scopes for name in names)
-
-
 def _token(who: Account) -> str:
     return f"the sign-in of {who.name}" if who.kind == OAUTH else f"the {who.kind} token of {who.name}"
-
-
-def _ask_for(who: Account, scopes: Collection[str]) -> str:
-    """How a signed-in person comes to one of the scopes."""
-    return (
-        f"that takes the scope {' or '.join(scopes)}: whoever keeps this Space adds it to hf_oauth_scopes in its README.md, and "
-        f"{who.name} signs in again; or type a token that may write"
-    )
