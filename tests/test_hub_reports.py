@@ -16,7 +16,15 @@ from study_builders import analysed, ladder, study, study_run
 from test_hub_datasets import client
 
 from qlora_core.errors import HubError
-from qlora_core.hub import PushedDataset, PushPlan, dataset_versions, plan_report, push_dataset, push_report
+from qlora_core.hub import (
+    PushedDataset,
+    PushPlan,
+    dataset_versions,
+    plan_report,
+    push_dataset,
+    push_report,
+    report_push,
+)
 from qlora_core.model_card import validate
 from qlora_core.report import report_files, write_report
 from qlora_core.report.readme import ROWS_AT_ONCE, loads_as_one_table, readme
@@ -67,9 +75,8 @@ def plan(served: Hub, source: Any, repo_id: str = "study", **changed: Any) -> Pu
 
 def push(served: Hub, source: Any, repo_id: str = "study", **changed: Any) -> PushedDataset:
     """As a person does: what would change is looked at, then agreed to."""
-    asked = {"token": ALICE, "endpoint": served.url} | changed
-    shown = plan_report(source, repo_id, **{name: value for name, value in asked.items() if name != "report"})
-    return push_report(source, repo_id, **{"agreed": shown.digest} | asked)
+    asked = report_push(source, repo_id, **{"token": ALICE, "endpoint": served.url} | changed)
+    return asked.run(asked.plan().digest)
 
 
 LOADED = """
@@ -143,7 +150,8 @@ def test_a_report_there_changes_only_as_was_shown_and_what_it_no_longer_has_goes
     with pytest.raises(HubError, match="has changed since its changes were shown"):
         push_report(results(name="third"), "study", token=ALICE, endpoint=served.url, agreed="0" * 12)
     assert len(repo.commits) == 3
-    assert push(served, changed).version == "v2" and "similarity.csv" not in repo.head.files
+    pushed = push_report(changed, "study", token=ALICE, endpoint=served.url, agreed=shown.digest)
+    assert pushed.version == "v2" and "similarity.csv" not in repo.head.files
     assert served.read(repo, "notes.txt") == b"mine"
     listed = dataset_versions("alice/study", ALICE, endpoint=served.url)
     assert [(version.version, version.current) for version in listed] == [("v2", True), ("v1", False)]

@@ -35,6 +35,7 @@ from qlora_core.data.sources import origins
 from qlora_core.data.steps import Ledger, Row, normalise
 from qlora_core.data.stored import read_stored
 from qlora_core.errors import ConfigError, DatasetError
+from qlora_core.model_card import validate
 from qlora_core.runs import RunStore, lock
 from qlora_core.tokens import load_tokenizer
 
@@ -508,6 +509,24 @@ def test_nothing_of_a_file_or_a_name_breaks_out_of_the_card(tmp_path: Path) -> N
     assert body.count(code(evil)) == 4
     rest = body.replace(code(evil), "")
     assert "<img" not in rest and "evil" not in rest and not re.search(r"^license", body, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("named", "written"),
+    [
+        ("CC-BY-4.0", {"license": "cc-by-4.0"}),
+        ("ODC-By-1.0", {"license": "odc-by"}),
+        ("OurOwn-1.0", {"license": "other", "license_name": "ourown-1.0"}),
+        ("1e3", {"license": "other", "license_name": "1e3"}),
+    ],
+)
+def test_the_card_names_the_licence_as_the_hub_takes_it(tmp_path: Path, named: str, written: dict[str, str]) -> None:
+    text = data_card(prepared(tmp_path, [alpaca(1)]).lineage | {"license": named})
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert {name: value for name, value in front.items() if name.startswith("license")} == written
+    assert validate(text) == [] and front["configs"][0]["data_files"] == [
+        {"split": "train", "path": "data/train.parquet"}
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,24 @@
 import re
 from typing import Any
 
-import yaml
-
 # https://huggingface.co/docs/hub/datasets-cards
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**7, "1M<n<10M"))
 
 
 def data_card(lineage: dict[str, Any]) -> str:
     """README.md with front matter. What comes from files and people stands in code spans, out of which nothing breaks."""
+    # Here, as model cards know runs, and runs know prepared datasets.
+    from qlora_core.model_card.licences import licence_fields
+    from qlora_core.model_card.markdown import front_matter, table
+
     rows = lineage["rows"]
     total = sum(rows.values())
     files = [{"split": "train", "path": "data/train.parquet"}]
     if rows["eval"]:
         files.append({"split": "validation", "path": "data/validation.parquet"})
     front = {
-        **({"license": lineage["license"].lower()} if is_license_id(lineage["license"]) else {}),
+        # The Hub refuses a card that names a licence which it does not know.
+        **(licence_fields(lineage["license"]) if is_license_id(lineage["license"]) else {}),
         "task_categories": ["text-generation"],
         "size_categories": [next((name for most, name in _SIZES if total < most), "10M<n<100M")],
         "tags": ["qlora-lab"],
@@ -25,11 +28,11 @@ def data_card(lineage: dict[str, Any]) -> str:
     }
     since = lineage["since_last_version"]
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_matter(front),
         f"# {code(lineage['name'])}, version {lineage['version']}",
         f"{rows['train']:,} rows to train on, {rows['eval']:,} to evaluate on; {lineage['form']}. Prepared with QLoRA Lab.",
         "## Sources",
-        _table(
+        table(
             ("file", "from", "usable rows", "read as", "licence", "SHA-256"),
             [
                 (
@@ -45,7 +48,7 @@ def data_card(lineage: dict[str, Any]) -> str:
         ),  # fmt: skip
         "## What was done",
         "In this order; `changes.csv` lists every row that a step changed or left out.",
-        _table(
+        table(
             ("step", "counts"),
             [
                 (name, ", ".join(f"{code(what)} {_figure(value)}" for what, value in counts.items()) or "–")
@@ -80,7 +83,7 @@ def is_license_id(text: str | None) -> bool:
 def code(value: Any) -> str:
     """Any text as a code span of one line that nothing in it ends, not even in a table."""
     text = " ".join(str(value).replace("`", "'").replace("|", "¦").split())
-    return f"`{text}`"
+    return f"`{text}`" if text else "–"
 
 
 def _figure(value: Any) -> str:
@@ -95,8 +98,3 @@ def _personal(counts: dict[str, Any] | None) -> str:
         f"Looked for with {code(counts['found by'])}: found in {counts['rows']:,} rows {what}. What no pattern knows is not "
         "found."
     )
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("-" for _ in header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
