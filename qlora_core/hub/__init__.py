@@ -4,7 +4,6 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 """
 
 from qlora_core.hub.access import Account, account, full_name, machine_token
-from qlora_core.hub.acting import acting_as, acting_token
 from qlora_core.hub.collections import CollectionItem, check_collection, push_collection
 from qlora_core.hub.dataset_push import DatasetPush, PushedDataset, dataset_versions
 from qlora_core.hub.datasets import dataset_push, plan_dataset, push_dataset
@@ -27,8 +26,6 @@ __all__ = [
     "RolledBack",
     "Version",
     "account",
-    "acting_as",
-    "acting_token",
     "check_collection",
     "dataset_push",
     "dataset_versions",
