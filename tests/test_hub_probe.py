@@ -163,7 +163,7 @@ def test_a_fine_grained_token_writes_where_it_was_let_in(served: Hub) -> None:
         "alice", {"org:acme": ["repo.write", "collection.write"], "model:alice/there": ["repo.write"]}, text=text
     )
     found = asked(served, text)
-    assert (found.kind, found.namespaces) == ("fine-grained", ("acme",))
+    assert (found.kind, found.namespaces, found.writable) == ("fine-grained", ("acme",), ("acme", "alice/there"))
     assert asked(served, text, "alice/there").ok and asked(served, text, "acme/new", also=["collection"]).ok
     refused = asked(served, text, "alice/new").problems[0]
     assert "this token of alice may not write; you may write to: acme, alice/there; or give this token" in refused

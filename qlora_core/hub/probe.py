@@ -57,12 +57,17 @@ class Probe:
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """Where it may make repositories, or write into those that are there."""
+        """Where it may make repositories, or write into those that are there: the account's own name first."""
         return (
             self.account.namespaces
             if self.account and scopes.has(self.scopes, (*scopes.WRITES, *scopes.CREATES))
             else ()
         )
+
+    @property
+    def writable(self) -> tuple[str, ...]:
+        """The namespaces, and the single repositories that a fine-grained token was let into."""
+        return (*self.namespaces, *(self.account.repositories if self.account else ()))
 
     @property
     def expires(self) -> float | None:
@@ -74,7 +79,7 @@ class Probe:
             return list(self.problems)
         given = f", with the scopes {', '.join(self.scopes)}" if self.scopes is not None else ""
         until = f", until {datetime.fromtimestamp(self.expires):%d %b %H:%M}" if self.expires else ""
-        found = [f"{_token(self.account)}{given}{until}; it may write to: {', '.join(self.namespaces) or 'nothing'}"]
+        found = [f"{_token(self.account)}{given}{until}; it may write to: {', '.join(self.writable) or 'nothing'}"]
         if self.repo_id and self.exists is not None:
             state = "is not there yet" if not self.exists else "is there, " + ("private" if self.private else "public")
             found.append(f"{self.repo_id}: {state}; {self.space}")
