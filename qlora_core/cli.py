@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 from tqdm import tqdm
 
-from qlora_core import cli_compare, cli_data, cli_estimate, cli_hub, combining, events, jobs, queue
+from qlora_core import cli_compare, cli_data, cli_estimate, cli_hub, combining, drift, events, jobs, queue
 from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
 from qlora_core.differences import run_differences
@@ -69,12 +69,18 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge", parents=[common], help="merge a run's adapter into its base model")
     command.add_argument("run")
     command.add_argument(
-        "--onto", choices=("original", "dequantized"), help="default: dequantized for qlora, else original"
+        "--onto", choices=("original", "dequantized"), help="default: dequantized for qlora, else and for nf4 original"
     )
     command.add_argument(
         "--export", choices=EXPORTS, default="16bit", help="nf4: the merged model in 4 bits, a quarter of the size"
     )
     command.set_defaults(command=_merge)
+
+    command = commands.add_parser(
+        "drift", parents=[common], help="measure how far each way of merging a run is from what was trained"
+    )
+    command.add_argument("run")
+    command.set_defaults(command=_drift)
 
     command = commands.add_parser("combine", parents=[common], help="add the adapters of several runs into a new one")
     _add_combine_options(command)
@@ -232,6 +238,21 @@ def _merge(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
     folder = merge(run, onto=options.onto, export=options.export, report=lambda text: print(text, file=sys.stderr))
     print_json({"folder": str(folder)}) if options.json else print(folder)
+    return 0
+
+
+def _drift(options: argparse.Namespace, settings: Settings) -> int:
+    reporter = jobs.Reporter(
+        lambda p: print(p.doing + (f" ({p.done}/{p.total} {p.unit})" if p.total else ""), file=sys.stderr)
+    )
+    found = drift.measure(RunStore(settings).get(options.run), report=reporter)
+    reporter.end(jobs.DONE, result=found)
+    if options.json:
+        print_json(found)
+        return 0
+    for name, *values in (drift.HEADER, *drift.table(found)):
+        print(f"{name:38}", *(f"{value:>22}" for value in values))
+    print(drift.basis(found))
     return 0
 
 

@@ -153,8 +153,8 @@ def logits_of(folder: Path, **how: Any) -> torch.Tensor:
 
 def test_an_nf4_export_is_the_merge_quantised(qlora_run: Run) -> None:
     """Seen: the very logits of the merge quantised when it is loaded; 0.1 from those of the merge in 16 bits."""
-    folder, merged = export_nf4(qlora_run, "dequantized"), merge_onto(qlora_run, "dequantized")
-    assert folder == qlora_run.path / "merged-dequantized-nf4"
+    folder, merged = export_nf4(qlora_run, "original"), merge_onto(qlora_run, "original")
+    assert folder == qlora_run.path / "merged-original-nf4"
     found = logits_of(folder)
     assert relative(found, logits_of(merged, dtype=torch.bfloat16, quantization_config=NF4)) < 1e-4
     assert 0.01 < relative(found, merged_logits(merged)) < 0.3
@@ -166,6 +166,14 @@ def test_an_nf4_export_is_the_merge_quantised(qlora_run: Run) -> None:
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(merged).chat_template
     assert not list(qlora_run.path.glob("merged-*.*")), "nothing is left of the way there"
+
+
+def test_an_nf4_export_of_the_dequantised_merge_is_refused(qlora_run: Run) -> None:
+    """Its weights lie on the 16 values of 4 bits: a small update on them is rounded away, and what is left is the base untrained."""
+    with pytest.raises(
+        RunError, match="round away again what the adapter adds to it; merge onto original"
+    ):
+        merging.merge(qlora_run, onto="dequantized", export="nf4")
 
 
 def test_an_nf4_export_takes_about_a_quarter(tmp_path: Path) -> None:

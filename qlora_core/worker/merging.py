@@ -1,5 +1,9 @@
-"""`python -m qlora_core.worker.merging RUN_DIR original|dequantized 16bit|nf4`: adapter + base -> one model folder."""
+"""`python -m qlora_core.worker.merging RUN_DIR original|dequantized 16bit|nf4`: adapter + base -> one model folder.
 
+Prints, as JSON, the peak of its own host memory in bytes.
+"""
+
+import json
 import os
 import shutil
 import sys
@@ -7,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from qlora_core.config import replace
 from qlora_core.data.rows import Example, Message
 from qlora_core.errors import DatasetError
-from qlora_core.merging import folder_of, is_current
+from qlora_core.merging import SHARD_BYTES, folder_of, is_current
 from qlora_core.runs import Run
 from qlora_core.settings import Settings
 from qlora_core.tokens import end_token, load_tokenizer
-from qlora_core.worker.hardware import DTYPES
+from qlora_core.worker.hardware import DTYPES, MemoryMeter
 from qlora_core.worker.loading import load_base
-from qlora_core.worker.quantising import dequantize
+from qlora_core.worker.merged_weights import merged_state
 
 CPU = torch.device("cpu")
 
@@ -29,16 +32,20 @@ def merge_onto(run: Run, onto: str, *, folder: Path | None = None) -> Path:
     Onto "dequantized": the base is quantised as training quantised it and then dequantised; merged into that, the
     model keeps the behaviour that was trained. Adding into the quantised weights would round the update away.
 
-    Added up in the number type that the run computed in, and rounded once: to fp16 for an fp16 run, else to bf16.
+    Added up in the number type that the run computed in, and rounded once: to fp16 for an fp16 run, else to bf16. In memory are
+    the base as it was loaded (mapped from its files, or in 4 bits) and one shard.
     """
     config, base = run.config(), run.base_model()
-    dtype = (run.result() or {"run_info": {"compute_dtype": "bf16"}})["run_info"]["compute_dtype"]
+    dtype = computed_in(run)
     model = load_base(base.folder, config, device=CPU, dtype=dtype, four_bit=onto == "dequantized")
-    if onto == "dequantized":
-        model = dequantize(model, DTYPES[dtype])
-    merged = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()
-    merged = merged.to(torch.float16 if dtype == "fp16" else torch.bfloat16)
-    return _save(run, merged, folder or folder_of(run, onto, "16bit"))
+    stored = torch.float16 if dtype == "fp16" else torch.bfloat16
+    merged, state = merged_state(model, run.adapter, compute=DTYPES[dtype], stored=stored)
+    return _save(run, merged, folder or folder_of(run, onto, "16bit"), state)
+
+
+def computed_in(run: Run) -> str:
+    """The number type of the run's products: bf16, fp16 or fp32."""
+    return (run.result() or {"run_info": {"compute_dtype": "bf16"}})["run_info"]["compute_dtype"]
 
 
 def export_nf4(run: Run, onto: str) -> Path:
@@ -47,21 +54,25 @@ def export_nf4(run: Run, onto: str) -> Path:
     temporary = folder.with_name(f"{folder.name}.16bit")
     if not is_current(run, merged):
         merged = merge_onto(run, onto, folder=temporary)
-    config = replace(run.config(), quant_type="nf4", double_quant=True, quantize_modules="all", int8_modules=())
-    quantised = load_base(merged, config, device=CPU, dtype="bf16", four_bit=True)
-    _save(run, quantised, folder)
+    _save(run, load_in_nf4(run, merged, device=CPU), folder)
     shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _save(run: Run, model: Any, folder: Path) -> Path:
+def load_in_nf4(run: Run, merged: Path, *, device: torch.device, dtype: str = "bf16") -> Any:
+    """A merged model of the run, quantised as its export in NF4 is."""
+    config = replace(run.config(), quant_type="nf4", double_quant=True, quantize_modules="all", int8_modules=())
+    return load_base(merged, config, device=device, dtype=dtype, four_bit=True)
+
+
+def _save(run: Run, model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> Path:
     """The folder is replaced as a whole."""
     model.config.use_cache = True
     tokenizer = load_tokenizer(run.adapter)
     _teach_end(model, tokenizer)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, safe_serialization=True, max_shard_size="4GB")
+    model.save_pretrained(partial, state_dict=state, safe_serialization=True, max_shard_size=SHARD_BYTES)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -84,3 +95,4 @@ if __name__ == "__main__":
     _, run_directory, onto, export = sys.argv
     make = export_nf4 if export == "nf4" else merge_onto
     make(Run(Path(run_directory), Settings.from_environment()), onto)
+    print(json.dumps({"peak_host_bytes": MemoryMeter(CPU).host()}))

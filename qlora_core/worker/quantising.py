@@ -159,17 +159,37 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same model with every quantised layer as it was before, a plain one of transformers, with the weights it held in
     4 or 8 bits."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, QUANTISED):
-            continue
-        weight = dequantize_module_weight(module).to(dtype)
-        with torch.device("meta"):
-            if getattr(module, "source_cls", nn.Linear) is Conv1D:  # GPT-2's, which holds its weight transposed
-                plain, weight = Conv1D(module.out_features, module.in_features), weight.T.contiguous()
-            else:
-                plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = module.bias
-        model.set_submodule(name, plain)
+        if isinstance(module, QUANTISED):
+            plain = plain_layer(module)
+            plain.weight = nn.Parameter(dequantized_weight(module, dtype), requires_grad=False)
+            model.set_submodule(name, plain)
+    forget_quantisation(model)
+    return model.to(dtype)
+
+
+def plain_layer(module: nn.Module) -> nn.Module:
+    """What a quantised layer was before, with its bias, and a weight without memory (on the device "meta")."""
+    with torch.device("meta"):
+        if _was_conv1d(module):
+            plain = Conv1D(module.out_features, module.in_features)
+        else:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    plain.bias = module.bias
+    return plain
+
+
+def dequantized_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a quantised layer, as its plain layer holds it."""
+    weight = dequantize_module_weight(module).to(dtype)
+    return weight.T.contiguous() if _was_conv1d(module) else weight
+
+
+def _was_conv1d(module: nn.Module) -> bool:
+    """GPT-2's layer, which holds its weight transposed."""
+    return getattr(module, "source_cls", nn.Linear) is Conv1D
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """So that nothing takes the model, of which no layer is quantised any more, for a quantised one."""
     model.hf_quantizer.remove_quantization_config(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    return model.to(dtype)
