@@ -169,10 +169,8 @@ def test_an_nf4_export_is_the_merge_quantised(qlora_run: Run) -> None:
 
 
 def test_an_nf4_export_of_the_dequantised_merge_is_refused(qlora_run: Run) -> None:
-    """Its weights lie on the 16 values of 4 bits: a small update on them is rounded away, and what is left is the base untrained."""
-    with pytest.raises(
-        RunError, match="round away again what the adapter adds to it; merge onto original"
-    ):
+    """Its weights lie on the 16 values of 4 bits: a small update is rounded away, and what is left is the base untrained."""
+    with pytest.raises(RunError, match="round away again what the adapter adds to it; merge onto original"):
         merging.merge(qlora_run, onto="dequantized", export="nf4")
 
 
