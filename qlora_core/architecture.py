@@ -12,10 +12,11 @@ from pathlib import Path
 
 from httpx2 import HTTPError
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from qlora_core import models
 from qlora_core.errors import ModelError
+from qlora_core.hub import acting_token, reason
 from qlora_core.queue import worker_environment
 from qlora_core.settings import Settings
 from qlora_core.targets import Architecture
@@ -63,8 +64,13 @@ def files_of(base_model: str, patterns: list[str], settings: Settings, *, what: 
     if base_model == models.BUNDLED or base_model.startswith("run:") or os.path.isdir(os.path.expanduser(base_model)):
         return models.resolve(base_model, settings).folder
     repo_id, _, revision = base_model.partition("@")
+    token = acting_token()
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns, token=False))
+        return Path(
+            snapshot_download(repo_id, revision=revision or None, allow_patterns=patterns, token=token or False)
+        )
+    except GatedRepoError as error:
+        raise ModelError(f"base model {base_model!r}: {reason(error, token)}") from None
     except (ValueError, OSError, HfHubHTTPError, HTTPError) as error:
         raise ModelError(
             f"base model {base_model!r}: its {what} could not be fetched from the Hub ({type(error).__name__}); check the "

@@ -1,7 +1,8 @@
-"""`push`, `versions` and `rollback` of the command line: a run, or a prepared dataset, to the Hub. Prints; decides nothing."""
+"""`push`, `versions` and `rollback` of the command line: models, datasets and reports to the Hub. Prints; decides nothing."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,31 @@ from huggingface_hub import get_token
 from qlora_core import hub, jobs, publishing
 from qlora_core.cli_options import print_json
 from qlora_core.data.locate import LINEAGE
-from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.errors import HubError, RunError
-from qlora_core.runs import RunStore
+from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
+from qlora_core.studies import StudyStore
+from qlora_core.study import Study
 
-FOR_MODELS = ("what", "onto", "revision", "pull_request", "version", "force", "plan", "agreed", "yes", "card")
+FOR_MODELS = ("onto", "revision", "pull_request", "version", "card")
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
-        "push", parents=[common], help="push a run's model, or a prepared dataset, to the Hub, private by default"
+        "push",
+        parents=[common],
+        help="push a run's models, a prepared dataset or a study's report to the Hub, private by default",
     )
     command.add_argument(
-        "source", metavar="RUN|DIR", help="id of a run or its beginning, or folder of a prepared dataset"
+        "source",
+        metavar="RUN|STUDY|DIR",
+        help="id of a run or a study, or its beginning; or folder of a prepared dataset",
     )
     command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="made if it is not there, private")
     command.add_argument(
-        "--what", metavar="WHAT[,WHAT]", help=f"of a run, one or more of {', '.join(publishing.WHAT)}; default adapter"
+        "--what",
+        metavar="WHAT[,WHAT]",
+        help=f"of a run, one or more of {', '.join(publishing.OF_A_RUN)}; default adapter",
     )
     command.add_argument("--onto", choices=("original", "dequantized"), help="of merged: as for the command merge")
     audience = command.add_mutually_exclusive_group()
@@ -37,14 +45,20 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     where = command.add_mutually_exclusive_group()
     where.add_argument("--revision", metavar="BRANCH", help="a branch of a model, made if it is not there")
     where.add_argument("--pull-request", action="store_true", help="propose the change instead of making it")
+    command.add_argument(
+        "--collection", metavar="TITLE", help="put what is pushed into this collection, made if needed"
+    )
+    command.add_argument(
+        "--with-rows",
+        action="store_true",
+        help="of a report: with prompts and answers of held-out rows, if their licence allows",
+    )
     command.add_argument("--card", metavar="YAML", help="your words for the model card, by section")
     command.add_argument("--version", help="tag of a model's version, default the next of v1, v2, …")
     command.add_argument(
         "--force", action="store_true", help="over a much better version, and over what others changed there"
     )
-    command.add_argument(
-        "--plan", action="store_true", help="of a run: say what a push would change, and change nothing"
-    )
+    command.add_argument("--plan", action="store_true", help="say what a push would change, and change nothing")
     agreeing = command.add_mutually_exclusive_group()
     agreeing.add_argument(
         "--agreed", metavar="DIGEST", help="make the change that --plan has shown under this digest, and no other"
@@ -75,24 +89,23 @@ def _token(options: argparse.Namespace) -> str:
 
 def _push(options: argparse.Namespace, settings: Settings) -> int:
     reporter = jobs.Reporter(lambda progress: print(progress.doing, file=sys.stderr))
-    folder = Path(options.source).expanduser()
-    if (folder / LINEAGE).is_file():
-        result = _push_dataset(folder, options, reporter)
-    elif folder.is_dir() or "/" in options.source:
-        raise HubError(
-            f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run"
+    try:
+        pushes = publishing.Together(
+            tuple(_parts(options, settings, reporter)),
+            collection=options.collection or "",
+            private=not options.public,
+            report=reporter,
         )
-    else:
-        try:
-            result = _push_run(options, settings, reporter)
-        except publishing.NotAgreed as error:
-            if not options.json:
-                raise
-            print(error, file=sys.stderr)
-            result = _shown(error.agreement)
-            reporter.end(jobs.DONE, result=result)
-            print_json(result)
-            return 2
+        agreed = publishing.UNSEEN if options.yes else options.agreed
+        result = _shown(pushes.agreement) if options.plan else pushes.publish(agreed)
+    except publishing.NotAgreed as error:
+        if not options.json:
+            raise
+        print(error, file=sys.stderr)
+        result = _shown(error.agreement)
+        reporter.end(jobs.DONE, result=result)
+        print_json(result)
+        return 2
     reporter.end(jobs.DONE, result=result)
     if options.json:
         print_json(result)
@@ -101,6 +114,8 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
     else:
         for entry in result["pushed"]:
             print((entry.get("pull_request") or entry["url"]) + ("" if entry["changed"] else ": nothing has changed"))
+        if result["collection"]:
+            print(result["collection"])
     unproven = [
         entry for entry in result.get("pushed", ()) if entry.get("proof", {}).get("state", "proven") != "proven"
     ]
@@ -110,55 +125,72 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
     return 1 if unproven else 0
 
 
-def _push_dataset(folder: Path, options: argparse.Namespace, report: jobs.Reporter) -> dict[str, Any]:
-    if given := [f"--{name.replace('_', '-')}" for name in FOR_MODELS if getattr(options, name)]:
-        raise HubError(f"{', '.join(given)}: only for runs; {folder} is a prepared dataset")
-    lineage = PreparedSet.load(folder).lineage
-    pushed = hub.push_dataset(
-        folder,
-        options.repo_id,
-        token=_token(options),
-        private=not options.public,
-        commit_message=f"{lineage['name']}, version {lineage['version']}",
-        report=report,
-    )
-    return {"pushed": [{"what": "dataset", "url": pushed.url, "commit": pushed.commit, "changed": pushed.changed}]}
+def _parts(options: argparse.Namespace, settings: Settings, report: jobs.Reporter) -> list[publishing.Part]:
+    """What is to be pushed, in order. Raises LabError with all that is wrong with what was asked."""
+    folder = Path(options.source).expanduser()
+    if (folder / LINEAGE).is_file():
+        _only_for_models(options, ["dataset"], ("dataset",))
+        asked = {"token": _token(options), "private": not options.public, "report": report, "force": options.force}
+        return [publishing.dataset_part(folder, options.repo_id, **asked)]
+    if folder.is_dir() or "/" in options.source:
+        raise HubError(
+            f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run or a study"
+        )
+    found = _run_or_study(options.source, settings)
+    if isinstance(found, Study):
+        _only_for_models(options, (options.what or "report").split(","), ("report",))
+        asked = {"token": _token(options), "private": not options.public, "report": report, "force": options.force}
+        return [publishing.report_part(found, options.repo_id, rows=options.with_rows, **asked)]
+    return _parts_of_run(found, options, report)
 
 
-def _push_run(options: argparse.Namespace, settings: Settings, report: jobs.Reporter) -> dict[str, Any]:
-    run = RunStore(settings).get(options.source)
-    what = list(dict.fromkeys((options.what or "adapter").split(",")))
-    problems = [
-        f"--what {one!r}: choose from {', '.join(publishing.WHAT)}" for one in what if one not in publishing.WHAT
-    ]
+def _run_or_study(text: str, settings: Settings) -> Run | Study:
+    try:
+        return RunStore(settings).get(text)
+    except RunError as no_run:
+        try:
+            return StudyStore(settings).get(text)
+        except RunError:
+            raise RunError(*no_run.problems) from None
+
+
+def _only_for_models(options: argparse.Namespace, what: Sequence[str], may: Sequence[str]) -> None:
+    """Raises HubError naming every option and every thing that does not go with the source."""
+    problems = [f"--what {one!r}: choose from {', '.join(may)}" for one in what if one not in may]
+    if not set(what) & set(publishing.MODELS):
+        given = [f"--{name.replace('_', '-')}" for name in FOR_MODELS if getattr(options, name)]
+        problems += [f"{', '.join(given)}: only for models, adapter or merged"] if given else []
     if options.onto and "merged" not in what:
         problems.append("--onto: only for --what merged; an adapter is not merged")
+    if options.with_rows and "report" not in what:
+        problems.append("--with-rows: only for the report of a study")
     if problems:
-        raise RunError(*problems)
+        raise HubError(*problems)
+
+
+def _parts_of_run(run: Run, options: argparse.Namespace, report: jobs.Reporter) -> list[publishing.Part]:
+    what = list(dict.fromkeys((options.what or "adapter").split(",")))
+    _only_for_models(options, what, publishing.OF_A_RUN)
     if options.card:
         publishing.keep_card_text(run, publishing.read_card_text(Path(options.card)))
-    token = _token(options)
-    pushes = publishing.Together(run, tuple(
-        publishing.prepare(
-            run,
-            name,
-            publishing.Publication(
-                what=one,
-                private=not options.public,
-                revision=options.revision,
-                pull_request=options.pull_request,
-                version=options.version or "",
-                force=options.force,
-                onto=options.onto if one == "merged" else None,
-            ),
-            token=token,
-            report=report,
+    token, private, parts = _token(options), not options.public, []
+    data = publishing.dataset_of(run) if "dataset" in what else None  # before a merge that takes minutes
+    for one, name in publishing.repositories(options.repo_id, what).items():
+        if one == "dataset":
+            asked = {"token": token, "private": private, "report": report, "force": options.force}
+            parts.append(publishing.dataset_part(data, name, run=run, **asked))
+            continue
+        how = publishing.Publication(
+            what=one,
+            private=private,
+            revision=options.revision,
+            pull_request=options.pull_request,
+            version=options.version or "",
+            force=options.force,
+            onto=options.onto if one == "merged" else None,
         )
-        for one, name in publishing.repositories(options.repo_id, what).items()
-    ))  # fmt: skip
-    if options.plan:
-        return _shown(pushes.agreement)
-    return {"pushed": pushes.publish(publishing.UNSEEN if options.yes else options.agreed)}
+        parts.append(publishing.model_part(run, publishing.prepare(run, name, how, token=token, report=report)))
+    return parts
 
 
 def _shown(asked: publishing.Agreement) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.errors import LabError
+from qlora_core.queue import SECRETS
 from qlora_core.runs import lock
 from qlora_core.settings import Settings
 
@@ -171,7 +172,7 @@ def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = 
 
 def _environment(settings: Settings, folder: Path) -> dict[str, str]:
     return {
-        **{name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")},
+        **{name: value for name, value in os.environ.items() if name not in SECRETS},
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "USE_TORCH": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),

@@ -161,14 +161,14 @@ def _from_hub(name: str, token: str | None, *, local_only: bool = False) -> Base
         raise _no_name_of_a_model(name) from None
     except GatedRepoError:
         raise ModelError(
-            f"base model {repo_id!r}: is gated; ask for access on its page, run `hf auth login`, then start from the command line"
+            f"base model {repo_id!r}: is gated; ask for access on its page, and sign in with the account that has it"
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"base model {repo_id!r}: has no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"base model {repo_id!r}: there is no such folder here and no such model on the Hub, or it is private; "
-            "check the spelling; for a private one run `hf auth login`, then start from the command line"
+            "check the spelling; for a private one sign in, or type a token (on the command line: `hf auth login`)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
         offline = isinstance(error, LocalEntryNotFoundError)

@@ -63,7 +63,7 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     assert entry["proof"]["state"] == "proven", entry["proof"]
     assert entry["proof"]["largest_difference"] == 0 and entry["proof"]["rows"] == 3
     assert "alice/tiny: is made, private" in done.stderr
-    assert published(run) == [entry] and (entry["version"], entry["changed"]) == ("v1", True)
+    assert published(run.path) == [entry] and (entry["version"], entry["changed"]) == ("v1", True)
     repo = served.repo("alice/tiny", "models")
     assert {"README.md", "adapter_model.safetensors", "tokenizer.json", "release.json"} <= repo.head.files.keys()
     assert not any(name.endswith((".pt", ".jsonl", ".txt")) for name in repo.head.files)
@@ -73,7 +73,7 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     assert not said(lab(served, run, "push", run.run_id, "--repo-id", "tiny", "--yes", "--json"))["pushed"][0][
         "changed"
     ]
-    assert published(run) == [entry], "what was proven is not proven again"
+    assert published(run.path) == [entry], "what was proven is not proven again"
     # A version that was twice as good is there now.
     better = record | {"version": "v2", "metrics": {"eval_loss": last / 2}}
     repo.refs["refs/tags/v2"] = served.commit(repo, {"release.json": json.dumps(better), "tokenizer.json": "{}"}).oid
@@ -165,8 +165,8 @@ def test_a_mistake_is_one_sentence(served: Hub, run: Run, arguments: list[str], 
 
 
 def test_the_token_is_in_no_file_and_nothing_pushed_tells_of_this_machine(served: Hub, run: Run) -> None:
-    assert len(published(run)) >= 2 and ("models", "alice/tiny") in served.repos, "the tests before have pushed"
-    assert MARK not in json.dumps(published(run))
+    assert len(published(run.path)) >= 2 and ("models", "alice/tiny") in served.repos, "the tests before have pushed"
+    assert MARK not in json.dumps(published(run.path))
     written = [path for root in (run.settings.home.parent, served.objects.parent) for path in root.rglob("*")]
     assert len(written) > 30
     assert [path for path in written if path.is_file() and MARK.encode() in path.read_bytes()] == []

@@ -55,7 +55,7 @@ def base(tmp_path: Path) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A Hub that the jobs of the page talk to."""
+    """A Hub that the page and its jobs talk to."""
     with hub(tmp_path / "hub") as found:
         found.add_user("alice")
         found.add_token("alice", text=TOKEN)
@@ -66,6 +66,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "HF_TOKEN": "",
         }.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.url)  # of this process, which is the page's
         yield found
 
 
@@ -169,16 +170,16 @@ def test_a_bad_row_among_several_files_waits_for_a_decision(tab: DataTab, tmp_pa
 def test_a_dataset_of_the_hub_is_fetched_with_the_persons_token(tab: DataTab, served: Hub, settings: Settings) -> None:
     rows = "".join(json.dumps(alpaca(n)) + "\n" for n in range(30))
     served.add_repo("alice/tickets", private=True, files={"train.jsonl": rows, "README.md": "---\nlicense: mit\n---\n"})
-    done = ticked(tab, tab.take_hub("https://huggingface.co/datasets/alice/tickets", "", "", "", "20", TOKEN))
+    done = ticked(tab, tab.take_hub(None, TOKEN, "https://huggingface.co/datasets/alice/tickets", "", "", "", "20"))
     assert done[tab.chosen].rows == 20 and "alice--tickets" in done[tab.report]
     assert tab.first_look(done[tab.remembered])[tab.chosen] == done[tab.chosen], "a reload takes it up again"
     assert (
         "licence: mit. Only the first 20 rows were fetched" in done[tab.report] and done[tab.chosen].license() == "mit"
     )
-    refused = ticked(tab, tab.take_hub("alice/tickets", "", "", "", "", "hf_wrong"))
+    refused = ticked(tab, tab.take_hub(None, "hf_wrong", "alice/tickets", "", "", "", ""))
     assert refused[tab.problems] and "alice/tickets" in refused[tab.problems]
     for text, says in (("not a name", "not a name"), ("alice/tickets", "is no whole number")):
-        found = seen(tab, tab.take_hub(text, "", "", "", "many", ""))
+        found = seen(tab, tab.take_hub(None, "", text, "", "", "", "many"))
         assert says in found[tab.problems]
     assert not any(TOKEN.encode() in path.read_bytes() for path in settings.home.rglob("*") if path.is_file())
 
@@ -203,11 +204,12 @@ def test_preparing_makes_a_set_that_can_be_used_downloaded_and_pushed(
     run = RunStore(settings).create(TrainConfig(base_model=base, **prepared.config_fields()))
     assert run.config().dataset_license == "cc-by-4.0" and run.dataset().eval_rows == 4
 
-    for repository, token, says in (("", TOKEN, "no repository"), ("alice/mine", "", "no token")):
-        assert says in tab.prepare.start_push(prepared, repository, False, token)[2]
-    job_id, _, _ = tab.prepare.start_push(prepared, "alice/mine", False, TOKEN)
+    pushing = tab.prepare.pushing
+    for repository, token, says in (("", TOKEN, "no repository"), ("alice/mine", "", "nobody is known to the Hub")):
+        assert says in [*pushing.begin(None, token, prepared, repository, False)][-1][2]
+    job_id = [*pushing.begin(None, TOKEN, prepared, "alice/mine", False)][-1][0]
     wait_for(lambda: jobs.find(job_id, settings).progress().state != jobs.RUNNING, seconds=60)
-    timer, told = tab.prepare.tick_push(job_id)
+    _, timer, told, _ = pushing.view.tick(job_id)
     assert "Pushed" in told and not timer.active
     repo = served.repo("alice/mine")
     assert repo.private and {"README.md", "data/train.parquet", "data/validation.parquet"} <= set(repo.head.files)

@@ -1,7 +1,7 @@
 """A push from the page: what is missing told at once, the plan before, the proof after, and a licence that must be looked at."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from hub_server import HOLD, Hub, hub
 from tiny_models import make_run, train_here
 
 from qlora_core.runs import Run
+from qlora_core.ui.identity import Identity
 from qlora_core.ui.push_part import PushPart
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
@@ -40,6 +41,7 @@ def served(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterato
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", found.url)  # of this process, which is the page's
         yield found
 
 
@@ -47,15 +49,27 @@ def served(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def part(run: Run) -> PushPart:
     with gr.Blocks(analytics_enabled=False):
         made, dropdown = PushPart(run.settings), gr.Dropdown([])
-        made.connect(dropdown, gr.Radio(["original", "dequantized"], value="dequantized"), {})
+        made.connect(dropdown, gr.Radio(["original", "dequantized"], value="dequantized"), Identity(), {})
         return made
 
 
 def asked(
     run: Run, repository: str = "alice/page", what: tuple[str, ...] = ("adapter",), **more: Any
 ) -> tuple[Any, ...]:
-    values = {"public": False, "version": "", "branch": "", "pull_request": False, "force": False} | more
+    values = {
+        "public": False,
+        "version": "",
+        "branch": "",
+        "collection": "",
+        "pull_request": False,
+        "force": False,
+    } | more
     return run.run_id, list(what), "dequantized", repository, *values.values()
+
+
+def last(handler: Callable[..., Iterator[Any]], *values: Any) -> Any:
+    *_, outputs = handler(*values)
+    return outputs
 
 
 def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool]:
@@ -65,8 +79,8 @@ def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool
     ended: list[Any] = []
 
     def has_ended() -> bool:
-        _, timer, text, agree, _ = part.pushing.tick(job_id)
-        ended[:] = [text, agree.visible]
+        _, timer, text, _ = part.pushing.view.tick(job_id)
+        ended[:] = [text, part.pushing.can_agree(job_id).visible]
         return not timer.active
 
     wait_for(has_ended, seconds=120)
@@ -78,16 +92,18 @@ def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, p
     assert shown.visible and "licence of the dataset is unknown" in warning
     assert name and "Not pushed yet" in earlier
     wanted = asked(run)
-    planned = part.pushing.plan(ALICE, *wanted)
+    planned = last(part.pushing.plan, None, ALICE, *wanted)
     plan, can_agree = told_at_the_end(part, planned)
     assert "alice/page: is made, private" in plan and "licence of the dataset is unknown" in plan and can_agree
-    begun = part.pushing.begin(ALICE, *wanted)
+    begun = last(part.pushing.begin, None, ALICE, *wanted)
     assert told_at_the_end(part, begun) == (plan, True) and not served.repos, (
         "what nobody has agreed to is shown instead"
     )
-    other, can_agree = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *asked(run, "alice/other")))
+    other, can_agree = told_at_the_end(
+        part, last(part.pushing.go_on, None, begun[0], ALICE, *asked(run, "alice/other"))
+    )
     assert can_agree and "alice/other: is made" in other and not served.repos, "agreed was to another push"
-    done, can_agree = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *wanted))
+    done, can_agree = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert "✓ Downloaded again and loaded: the logits are equal." in done and "version v1" in done and not can_agree
     assert served.repo("alice/page", "models").private
     assert "alice/page v1" in part.show(run.run_id)[3] and part.show(run.run_id)[1] == "alice/page"
@@ -97,10 +113,10 @@ def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, p
 
 def test_adapter_and_merged_model_go_together_into_two_repositories(run: Run, served: Hub, part: PushPart) -> None:
     wanted = asked(run, "alice/both", ("adapter", "merged"))
-    begun = part.pushing.begin(ALICE, *wanted)
+    begun = last(part.pushing.begin, None, ALICE, *wanted)
     plan, _ = told_at_the_end(part, begun)
     assert "alice/both: is made" in plan and "alice/both-merged: is made" in plan
-    done, _ = told_at_the_end(part, part.pushing.go_on(begun[0], ALICE, *wanted))
+    done, _ = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert done.count("✓ Downloaded again") == 2
     assert "model.safetensors" in served.repo("alice/both-merged", "models").head.files
 
@@ -109,14 +125,14 @@ def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancell
     run: Run, served: Hub, part: PushPart
 ) -> None:
     wanted = asked(run, "alice/slow")
-    planned = part.pushing.plan(ALICE, *wanted)
+    planned = last(part.pushing.plan, None, ALICE, *wanted)
     told_at_the_end(part, planned)
     served.once.append(("PUT", "/cdn/", HOLD))
-    begun = part.pushing.go_on(planned[0], ALICE, *wanted)
+    begun = last(part.pushing.go_on, None, planned[0], ALICE, *wanted)
     assert served.holding.wait(60)
     again = part.show(run.run_id)[4:]
-    assert again[0] == begun[0] and again[1].active and "Sending" in again[2] and again[4].visible
-    part.pushing.stop(begun[0])
+    assert again[0] == begun[0] and again[1].active and "Sending" in again[2] and again[3].visible
+    part.pushing.view.stop(begun[0])
     told, can_agree = told_at_the_end(part, begun)
     assert "Cancelled" in told and not can_agree
     assert [commit.title for commit in served.repo("alice/slow", "models").commits] == ["initial commit"]
@@ -124,16 +140,17 @@ def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancell
 
 
 def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPart) -> None:
-    job, _, told, *_ = part.pushing.begin("", *asked(run, " ", ()))
+    job, _, told, *_ = last(part.pushing.begin, None, "", *asked(run, " ", ()))
     assert not job
-    for words in ("nothing is chosen", "no token; type one in", "no repository is named; write owner/name"):
+    for words in ("nothing is chosen", "nobody is known to the Hub", "no repository is named; write owner/name"):
         assert words in told
-    failed, _ = told_at_the_end(part, part.pushing.begin(ALICE, *asked(run, "bob/page")))
-    assert "Not pushed" in failed and "bob" in failed
+    job, _, failed, *_ = last(part.pushing.begin, None, ALICE, *asked(run, "bob/page"))
+    assert not job
+    assert "Not pushed yet" in failed and "bob" in failed
     assert part.show("nothing")[0].visible is False
 
 
 def test_on_a_space_nobody_pushes_as_its_owner(run: Run, part: PushPart, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", ALICE)
     monkeypatch.setenv("SPACE_ID", "alice/lab")
-    assert "no token; type one in" in part.pushing.begin("", *asked(run))[2]
+    assert "nobody is known to the Hub" in last(part.pushing.begin, None, "", *asked(run))[2]

@@ -4,5 +4,6 @@ from qlora_core.model_card.card import Card as Card
 from qlora_core.model_card.card import CardText as CardText
 from qlora_core.model_card.card import model_card as model_card
 from qlora_core.model_card.licences import licence_names as licence_names
+from qlora_core.model_card.licences import licence_problems as licence_problems
 from qlora_core.model_card.licences import licence_warning as licence_warning
 from qlora_core.model_card.metadata import validate as validate

@@ -87,10 +87,11 @@ def of_model(data: Iterable[str | None], base: str | None) -> str | None:
 
 def licence_warning(run: Run) -> str | None:
     """What a person must confirm before the run's model is published; None where the licences of its rows allow it."""
-    return " ".join(_problems(of_data(run))) or None
+    return " ".join(licence_problems(of_data(run))) or None
 
 
-def _problems(found: list[str | None]) -> list[str]:
+def licence_problems(found: list[str | None]) -> list[str]:
+    """What speaks against publishing what is made of rows of these licences, None an unknown one."""
     told = []
     if None in found:
         told.append(
@@ -119,5 +120,5 @@ def licence_section(run: Run, *, named: str | None, base: str | None, base_name:
         f"The rows that it learnt from: {', '.join(code(one or 'unknown') for one in found)}.",
         f"Its base model, {base_name}: {code(base) if base else 'see its own page or files; its licence goes on to hold'}.",
     ]
-    warnings = "\n".join(f"> **{prose(problem)}**" for problem in _problems(found))
+    warnings = "\n".join(f"> **{prose(problem)}**" for problem in licence_problems(found))
     return "\n".join(f"- {line}" for line in lines) + (f"\n\n{warnings}" if warnings else "")

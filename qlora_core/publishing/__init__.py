@@ -1,23 +1,31 @@
 """What a run or a study leads to, on the Hub: agreed to by a person, pushed in one commit, proven, recorded. Knows no torch."""
 
 from qlora_core.publishing.agreement import UNSEEN, Agreement, NotAgreed
-from qlora_core.publishing.models import WHAT, Publication, agreement, prepare, publish
+from qlora_core.publishing.models import Publication, prepare
+from qlora_core.publishing.parts import Part, dataset_of, dataset_part, model_part, report_part
 from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text
 from qlora_core.publishing.together import Together, repositories
 
+MODELS = ("adapter", "merged")
+OF_A_RUN = (*MODELS, "dataset")
+
 __all__ = [
+    "MODELS",
+    "OF_A_RUN",
     "UNSEEN",
-    "WHAT",
     "Agreement",
     "NotAgreed",
+    "Part",
     "Publication",
     "Together",
-    "agreement",
     "card_text",
+    "dataset_of",
+    "dataset_part",
     "keep_card_text",
+    "model_part",
     "prepare",
-    "publish",
     "published",
     "read_card_text",
+    "report_part",
     "repositories",
 ]

@@ -10,14 +10,11 @@ from qlora_core.errors import RunError
 from qlora_core.hub.access import account, full_name
 from qlora_core.hub.models import ModelPush
 from qlora_core.merging import merge
-from qlora_core.model_card import licence_warning, model_card
-from qlora_core.publishing.agreement import Agreement
+from qlora_core.model_card import model_card
 from qlora_core.publishing.proof import prove
-from qlora_core.publishing.record import card_text, keep, published
+from qlora_core.publishing.record import card_text, published, record
 from qlora_core.run_status import RUNNING
 from qlora_core.runs import Run, lock
-
-WHAT = ("adapter", "merged")
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,6 @@ def prepare(
 
     Raises HubError before that merge where the token or the name would not do, RunError for a run without an adapter.
     """
-    if how.what not in WHAT:
-        raise RunError(f"what is {how.what!r}; choose one of {', '.join(WHAT)}")
     if run.status().state == RUNNING:
         raise RunError(f"{run.run_id}: is running; push it when it has ended, or stop it first")
     result = run.result()
@@ -94,33 +89,21 @@ def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Releas
     )
 
 
-def agreement(run: Run, push: ModelPush) -> Agreement:
-    """What a person must have seen before this push. Raises HubError where it cannot be made at all."""
-    planned, warning = push.plan(), licence_warning(run)
-    changes = planned.changes_anything and not planned.creates
-    return Agreement(
-        tuple(planned.sentences()), (warning,) if warning else (), planned.digest, changes or bool(warning)
-    )
-
-
-def publish(run: Run, push: ModelPush, agreed: str | None) -> dict[str, Any]:
+def publish(run: Run, push: ModelPush, agreed: str) -> dict[str, Any]:
     """Push, download into an empty cache, load both and compare; the record joins published.json.
 
-    `agreed` is the digest of the agreement that a person was shown. Raises HubError, RunError.
+    `agreed` is the digest of the plan that a person has agreed to. Raises HubError, RunError.
     """
     with lock(run.path / "publish.lock") as held:
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
-        asked = agreement(run, push)
-        asked.check(agreed)
-        pushed = push.run(asked.plan)
-        before = published(run)
-        for entry in before:
+        pushed = push.run(agreed)
+        for entry in published(run.path):
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
-            if same and not pushed.changed and entry["proof"]["state"] == "proven":
+            if same and not pushed.changed and entry.get("proof", {}).get("state") == "proven":
                 return {**entry, "changed": False}
         entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
-        keep(run, [*before, entry])  # it is on the Hub: a kill in the proof must not hide that
-        entry["proof"] = prove(run, push, pushed)
-        keep(run, [*before, entry])
+        record(run.path, entry)  # it is on the Hub: a kill in the proof must not hide that
+        entry = {**entry, "proof": prove(run, push, pushed)}
+        record(run.path, entry)
     return entry

@@ -1,4 +1,4 @@
-"""What a run's folder keeps of its publication: each push that was made, and a person's words for the card."""
+"""What the folder of a run or a study keeps of its publication: each push that was made, a person's words for the card."""
 
 import json
 from dataclasses import asdict
@@ -16,14 +16,16 @@ from qlora_core.storage import write_json
 PUBLISHED, CARD = "published.json", "card.json"
 
 
-def published(run: Run) -> list[dict[str, Any]]:
-    """Every push of the run that was made, oldest first."""
-    path = run.path / PUBLISHED
+def published(folder: Path) -> list[dict[str, Any]]:
+    """Every push that was made of what the folder of a run or a study holds, oldest first."""
+    path = folder / PUBLISHED
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def keep(run: Run, entries: list[dict[str, Any]]) -> None:
-    write_json(run.path / PUBLISHED, entries)
+def record(folder: Path, entry: dict[str, Any]) -> None:
+    """In place of an earlier record of the same push."""
+    others = [other for other in published(folder) if (other["url"], other["at"]) != (entry["url"], entry["at"])]
+    write_json(folder / PUBLISHED, [*others, entry])
 
 
 def card_text(run: Run) -> CardText:

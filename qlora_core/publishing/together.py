@@ -1,18 +1,18 @@
-"""Several things of a run in one go: shown and agreed to as one, pushed one after the other."""
+"""One or several things in one go: shown and agreed to as one, pushed one after the other, and put into one collection."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qlora_core import hub
 from qlora_core.errors import LabError
-from qlora_core.hub.models import ModelPush
 from qlora_core.publishing.agreement import Agreement
-from qlora_core.publishing.models import agreement, publish
-from qlora_core.runs import Run
+from qlora_core.publishing.parts import Part
 
 # Of the second and further things, which are in repositories of their own beside the first.
-SUFFIX = {"adapter": "-adapter", "merged": "-merged"}
+SUFFIX = {"adapter": "-adapter", "merged": "-merged", "dataset": "-data", "report": "-report"}
 
 
 def repositories(repo_id: str, what: list[str]) -> dict[str, str]:
@@ -22,36 +22,59 @@ def repositories(repo_id: str, what: list[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Together:
-    run: Run
-    pushes: tuple[ModelPush, ...]
+    """`collection`: the title of one that is made or added to; "" for none."""
+
+    parts: tuple[Part, ...]
+    collection: str = ""
+    private: bool = True
+    report: Callable[[str], None] = lambda _: None
 
     @cached_property
-    def agreements(self) -> tuple[Agreement, ...]:
-        return tuple(agreement(self.run, push) for push in self.pushes)
+    def plans(self) -> tuple[hub.PushPlan, ...]:
+        return tuple(part.push.plan() for part in self.parts)
 
-    @property
+    @cached_property
     def agreement(self) -> Agreement:
-        """All of them as one. Raises HubError where one cannot be made, and then none is."""
-        every = self.agreements
-        return Agreement(
-            tuple(sentence for one in every for sentence in one.sentences),
-            tuple(dict.fromkeys(warning for one in every for warning in one.warnings)),
-            hashlib.sha256(" ".join(one.plan for one in every).encode()).hexdigest(),
-            any(one.needed for one in every),
-        )
+        """What a person must have seen before anything is sent. Raises HubError where one cannot be pushed, and then none is."""
+        if self.collection:
+            hub.check_collection(self.collection)
+        sentences = [sentence for plan in self.plans for sentence in plan.sentences()]
+        if self.collection:
+            sentences.append(f"collection {self.collection!r}: holds {'all of them' if len(self.parts) > 1 else 'it'}")
+        warnings = tuple(dict.fromkeys(part.warning for part in self.parts if part.warning))
+        digest = hashlib.sha256(" ".join([plan.digest for plan in self.plans] + [self.collection]).encode()).hexdigest()
+        changes = any(plan.changes_anything and not plan.creates for plan in self.plans)
+        return Agreement(tuple(sentences), warnings, digest, changes or bool(warnings))
 
-    def publish(self, agreed: str | None) -> list[dict[str, Any]]:
-        """Records of what was pushed. Raises NotAgreed before anything is sent, HubError naming what is on the Hub by then."""
-        shown = self.agreement
-        self.pushes[0].report("\n".join((*shown.sentences, *shown.warnings)))
-        shown.check(agreed)
+    def publish(self, agreed: str | None) -> dict[str, Any]:
+        """{"pushed": a record each, "collection": its URL}. Raises NotAgreed before anything is sent, LabError naming what is on
+        the Hub by then."""
+        self.report("\n".join((*self.agreement.sentences, *self.agreement.warnings)))
+        self.agreement.check(agreed)
         done: list[dict[str, Any]] = []
-        for push, one in zip(self.pushes, self.agreements, strict=True):
+        for part, plan in zip(self.parts, self.plans, strict=True):
             try:
-                done.append(publish(self.run, push, one.digest))
+                done.append(part.publish(plan.digest))
             except LabError as error:
                 if not done:
                     raise
                 urls = ", ".join(entry["url"] for entry in done)
                 raise type(error)(*error.problems, f"pushed before it, and there now: {urls}") from None
-        return done
+        return {"pushed": done, "collection": self._collected(done) if self.collection else None}
+
+    def _collected(self, done: list[dict[str, Any]]) -> str:
+        items = [
+            hub.CollectionItem(entry["repo_id"], part.kind, f"{entry['what']}, {entry['version']}")
+            for entry, part in zip(done, self.parts, strict=True)
+        ]
+        token, endpoint = self.parts[0].push.token, self.parts[0].push.endpoint
+        owner = items[0].repo_id.partition("/")[0]
+        return hub.push_collection(
+            self.collection,
+            items,
+            namespace=owner,
+            token=token,
+            private=self.private,
+            endpoint=endpoint,
+            report=self.report,
+        )

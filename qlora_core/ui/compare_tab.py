@@ -16,9 +16,11 @@ from qlora_core.study_charts import AXES, SMOOTHINGS
 from qlora_core.study_status import StudyStatus
 from qlora_core.ui import run_view, study_found, study_view
 from qlora_core.ui.downloads import follow, link, study_zip
+from qlora_core.ui.identity import Identity
 from qlora_core.ui.plots import gallery
 from qlora_core.ui.runs_tab import NOT_ATTACHED, SELECT, small_button
 from qlora_core.ui.study_form import StudyForm
+from qlora_core.ui.study_push import StudyPush
 from qlora_core.ui.train_tab import TrainTab
 from qlora_core.ui.words import problems_panel
 
@@ -105,6 +107,7 @@ class CompareTab:
         with gr.Accordion("Answers", open=False, elem_id="study-answers-part") as self.answers_part:
             self.behaviour = gallery(elem_id="study-behaviour")
             self.answers = gr.HTML("", css_template=study_found.ANSWERS_CSS, elem_id="study-answers")
+        self.push = StudyPush(self.settings)
 
     @property
     def outputs(self) -> list[gr.components.Component]:
@@ -115,10 +118,12 @@ class CompareTab:
             self.answers,
         ]  # fmt: skip
 
-    def connect(self, tab: gr.Tab, others: list[gr.Tab], chosen: gr.State, hidden: dict[str, Any]) -> None:
+    def connect(
+        self, tab: gr.Tab, others: list[gr.Tab], chosen: gr.State, identity: Identity, hidden: dict[str, Any]
+    ) -> None:
         """`tab` holds all this; on the selection of one of the `others` the address no longer names a study."""
         state = [self.selected, self.cursor, self.axis, self.smoothing]
-        self.form.connect(tab, chosen, self.selected, hidden)
+        self.form.connect(tab, chosen, self.selected, identity, hidden)
         tab.select(None, self.selected, None, js=SHOW_IN_URL, **hidden)
         for other in others:
             other.select(None, self.selected, None, js=LEAVE_URL, **hidden)
@@ -128,6 +133,7 @@ class CompareTab:
             self.tick, state, self.outputs, **hidden
         ).then(self.tick, state, self.outputs, **hidden)
         self.selected.change(lambda: gr.Row(visible=False), None, self.confirm, **hidden)
+        self.push.connect(self.selected, identity, hidden)
         for button, action in (
             (self.stop, Study.stop),
             (self.resume, Study.start),

@@ -16,11 +16,11 @@ from qlora_core.data.locate import LINEAGE
 from qlora_core.data.near_duplicates import LOWEST
 from qlora_core.data.rows import counted
 from qlora_core.errors import DatasetError, LabError
-from qlora_core.hub import machine_token
 from qlora_core.settings import Settings
 from qlora_core.ui import form, preview
 from qlora_core.ui.chosen import Chosen, recalled, rows_of, to_remember
 from qlora_core.ui.dataset_report import near_html, problems_html, report_html
+from qlora_core.ui.identity import Identity, secret_of
 from qlora_core.ui.preparing import PreparePanel, merge_job
 from qlora_core.ui.progress import progress_html
 from qlora_core.ui.rows_view import RowsView
@@ -118,10 +118,6 @@ class DataTab:
             with gr.Row():
                 self.hub_revision = gr.Textbox(label="Revision", placeholder="newest", max_lines=1, min_width=90)
                 self.hub_limit = gr.Textbox(label="Rows at most", placeholder="all", max_lines=1, min_width=90)
-            self.hub_token = gr.Textbox(
-                label="Token", type="password", max_lines=1, placeholder="for private and gated ones",
-                info="Used for this fetch, and kept nowhere.",
-            )  # fmt: skip
             self.fetch = gr.Button("Fetch", size="md", elem_id="hub-fetch")
 
     def _build_columns(self) -> None:
@@ -142,23 +138,25 @@ class DataTab:
         columns = [self.columns_box, self.columns_why, *self.columns.values()]
         return [*states, *shown, self.file, self.overlap, self.near_found, *columns, *self.prepare.outputs]
 
-    def connect(self, base_model: gr.Dropdown, train_fields: dict[str, Any], hidden: dict[str, Any]) -> Any:
+    def connect(
+        self, base_model: gr.Dropdown, train_fields: dict[str, Any], identity: Identity, hidden: dict[str, Any]
+    ) -> Any:
         """Wire the tab; returns the trigger after which another dataset is chosen."""
-        self._connect_sources(hidden)
-        self.prepare.connect(self, base_model, hidden)
+        self._connect_sources(identity, hidden)
+        self.prepare.connect(self, base_model, identity, hidden)
         self.skip.input(self.set_skip, [self.chosen, self.several, self.skip], self.outputs, **hidden)
         self.cancel.click(self.cancel_job, self.job, self.outputs, **hidden)
         self.rows.connect(self.chosen, base_model, train_fields, hidden)
         return self.picked.change
 
-    def _connect_sources(self, hidden: dict[str, Any]) -> None:
+    def _connect_sources(self, identity: Identity, hidden: dict[str, Any]) -> None:
         self.file.upload(self.take_upload, self.file, self.outputs, **hidden)
         self.file.clear(lambda: self._nothing("Drop a file, or take the example."), None, self.outputs, **hidden)
         self.example.click(lambda: None, None, self.file, **hidden).then(
             self.take_example, None, self.outputs, **hidden
         )
-        hub = [self.hub_id, self.hub_config, self.hub_split, self.hub_revision, self.hub_limit, self.hub_token]
-        self.fetch.click(self.take_hub, hub, self.outputs, **hidden).then(lambda: "", None, self.hub_token, **hidden)
+        hub = [identity.token, self.hub_id, self.hub_config, self.hub_split, self.hub_revision, self.hub_limit]
+        self.fetch.click(self.take_hub, hub, self.outputs, **hidden)
         columns = [self.looked, self.several, *self.columns.values()]
         self.read_columns.click(self.take_columns, columns, self.outputs, **hidden)
         self.eval_file.upload(self.take_eval, [self.eval_file, self.chosen], self.outputs, **hidden)
@@ -218,7 +216,9 @@ class DataTab:
             self.skip: gr.Checkbox(value=skip_bad_rows, visible=False),
         }
 
-    def take_hub(self, name: str, config: str, split: str, revision: str, limit: str, token: str) -> dict[Any, Any]:
+    def take_hub(
+        self, signed_in: gr.OAuthToken | None, typed: str, name: str, config: str, split: str, revision: str, limit: str
+    ) -> dict[Any, Any]:
         try:
             source = hub_source.HubDataset.parse(name or "")
             given = {"config": config, "split": split, "revision": revision}
@@ -232,11 +232,8 @@ class DataTab:
                 arguments += ["--limit", limit.strip()]
         except LabError as error:
             return self._unusable("This dataset cannot be fetched", error.problems)
-        return self._watch(jobs.start(arguments, self.settings, secret=token.strip() or self.hub_secret(), again=True))
-
-    def hub_secret(self) -> str | None:
-        """The token of this machine: HF_TOKEN, or that of `hf auth login`."""
-        return machine_token()
+        secret = secret_of(typed, signed_in)
+        return self._watch(jobs.start(arguments, self.settings, secret=secret, again=True))
 
     def take_columns(self, looked: Chosen, several: tuple[tuple[Path, ...], str], *names: str) -> dict[Any, Any]:
         columns = columns_text({role: name for role, name in zip(ROLES, names, strict=True) if name})

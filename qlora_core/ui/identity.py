@@ -11,14 +11,16 @@ A function of `*inputs` names it first: `def push(oauth_token: gr.OAuthToken | N
 since a sign-in expires, and goes into no State, file, event or text.
 """
 
+import inspect
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 from gradio import oauth
 from gradio.utils import get_space
 
-from qlora_core.hub import Probe, machine_token, probe
+from qlora_core.hub import Probe, acting_as, machine_token, probe
 from qlora_core.ui.words import clock, esc
 
 # What gradio gives in place of a token where it only pretends a sign-in.
@@ -33,6 +35,26 @@ def secret_of(typed: str | None, oauth_token: gr.OAuthToken | None) -> str | Non
     if oauth_token is not None and oauth_token.token != MOCKED:
         return oauth_token.token
     return machine_token()
+
+
+def acting(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler, with the token's field as its first input: what it fetches, it fetches as the person who asks."""
+
+    def whole(signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Any:
+        with acting_as(secret_of(typed, signed_in)):
+            return handler(*values)
+
+    def by_steps(signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Iterator[Any]:
+        steps, secret = handler(*values), secret_of(typed, signed_in)
+        while True:
+            with acting_as(secret):  # not around the yield: gradio takes each step in another context
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+
+    return by_steps if inspect.isgeneratorfunction(handler) else whole
 
 
 def scope_of(typed: str | None, oauth_token: gr.OAuthToken | None) -> str | None:
@@ -112,7 +134,7 @@ def line_html(found: Probe, how: str, *, until: float | None) -> str:
     who += f", until {clock(until)}" if until else ""
     if problems:
         return _warning(f"{who}: {problems}.")
-    return _hint(f"{who}. May write to: {', '.join(found.namespaces)}.")
+    return _hint(f"{who}. May write to: {', '.join(found.writable)}.")
 
 
 def _sign_in(request: gr.Request | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from qlora_core.ui.compare_tab import CompareTab, study_named
 from qlora_core.ui.data_tab import DataTab
 from qlora_core.ui.downloads import follow
 from qlora_core.ui.endpoints import add_endpoints
+from qlora_core.ui.identity import Identity, acting
 from qlora_core.ui.publish_tab import PublishTab
 from qlora_core.ui.runs_tab import RunsTab, default_run
 from qlora_core.ui.status import status_html
@@ -29,6 +30,8 @@ def build_app(settings: Settings) -> gr.Blocks:
     """The whole page. Keeps nothing that matters: everything is read from `settings.home`."""
     with gr.Blocks(title="QLoRA Lab", analytics_enabled=False, delete_cache=(DAY, DAY)) as demo:
         status = gr.HTML(status_html([]), elem_id="status")
+        with gr.Accordion("Hugging Face account", open=False, elem_id="account"):
+            identity = Identity()
         with gr.Tabs(selected=DATA, elem_id="tabs") as tabs:
             with gr.Tab("Data", id=DATA) as data_tab:
                 data = DataTab(settings)
@@ -40,13 +43,15 @@ def build_app(settings: Settings) -> gr.Blocks:
                 compare = CompareTab(settings, train)
             with gr.Tab("Publish", id=PUBLISH) as publish_tab:
                 publish = PublishTab(settings)
-        picked = data.connect(train.fields["base_model"], train.fields, HIDDEN)
-        train.connect(data.chosen, picked, HIDDEN)
+        identity.connect(HIDDEN)
+        identity.on_load(demo, HIDDEN)
+        picked = data.connect(train.fields["base_model"], train.fields, identity, HIDDEN)
+        train.connect(data.chosen, picked, identity, HIDDEN)
         train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
         runs.connect(HIDDEN)
-        compare.connect(compare_tab, [data_tab, train_tab, runs_tab, publish_tab], data.chosen, HIDDEN)
-        publish.connect(HIDDEN)
-        _connect_tabs(tabs, publish_tab, data, train, runs, compare, publish)
+        compare.connect(compare_tab, [data_tab, train_tab, runs_tab, publish_tab], data.chosen, identity, HIDDEN)
+        publish.connect(identity, HIDDEN)
+        _connect_tabs(tabs, publish_tab, data, train, runs, compare, publish, identity)
         _open_page(demo, tabs, runs, compare, settings)
         data.on_load(demo, HIDDEN)
         add_endpoints(settings)
@@ -61,6 +66,7 @@ def _connect_tabs(
     runs: RunsTab,
     compare: CompareTab,
     publish: PublishTab,
+    identity: Identity,
 ) -> None:
     def start(chosen: Any, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield CHECKING, gr.skip(), gr.skip()
@@ -85,8 +91,8 @@ def _connect_tabs(
     data.use.click(lambda: gr.Tabs(selected=TRAIN), None, tabs, **HIDDEN)
     train.change.click(lambda: gr.Tabs(selected=DATA), None, tabs, **HIDDEN)
     train.start.click(
-        start,
-        [data.chosen, *train.inputs],
+        acting(start),
+        [identity.token, data.chosen, *train.inputs],
         [train.problems, tabs, runs.selected],
         **HIDDEN,
     )

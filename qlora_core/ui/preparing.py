@@ -19,11 +19,11 @@ from qlora_core.data.inspection import DatasetReport
 from qlora_core.data.preparation import Preparation
 from qlora_core.data.prepared_set import PreparedSet
 from qlora_core.errors import ConfigError, LabError
-from qlora_core.hub import machine_token
 from qlora_core.settings import Settings
 from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.dataset_report import steps_html
-from qlora_core.ui.progress import progress_html
+from qlora_core.ui.identity import Identity, secret_of
+from qlora_core.ui.pushing import Pushing, Wish, repository
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.words import esc, problems_panel, size
 
@@ -81,17 +81,16 @@ class PreparePanel:
         with gr.Accordion(
             "Push this dataset to the Hub", open=False, visible=False, elem_id="push-dataset"
         ) as self.push_box:
-            with gr.Row(equal_height=True):
-                self.repository = gr.Textbox(label="Repository", placeholder="owner/name", max_lines=1)
-                self.public = gr.Checkbox(label="Public", info="Else only you see it.", value=False)
-            self.token = gr.Textbox(
-                label="Token with write permission", type="password", max_lines=1, placeholder="that of this machine",
-                info="Used for this push, and kept nowhere.",
-            )  # fmt: skip
-            self.push = gr.Button("Push", elem_id="push-start")
-            self.pushing = gr.State("")
-            self.push_timer = gr.Timer(0.7, active=False)
-            self.push_told = gr.HTML("", elem_id="push-told")
+            with gr.Row():
+                self.repository = gr.Textbox(
+                    label="Repository",
+                    placeholder="name, or owner/name",
+                    max_lines=1,
+                    min_width=220,
+                    elem_id="set-repo",
+                )
+                self.public = gr.Checkbox(label="Public", info="Else only you see it.", value=False, min_width=220)
+            self.pushing = Pushing(settings, "set-push", self.push_wish)
 
     @property
     def outputs(self) -> list[Any]:
@@ -104,25 +103,28 @@ class PreparePanel:
             *(self.inputs[name] for name in COLUMN_FIELDS),
         ]
 
-    def connect(self, tab: Any, base_model: gr.Dropdown, hidden: dict[str, Any]) -> None:
+    def connect(self, tab: Any, base_model: gr.Dropdown, identity: Identity, hidden: dict[str, Any]) -> None:
         """`tab` is the DataTab that the panel stands on."""
-        inputs = [tab.chosen, self.name, tab.rows.fields["template"], base_model, *self.inputs.values()]
+        given = [tab.chosen, self.name, tab.rows.fields["template"], base_model, *self.inputs.values()]
+        inputs = [identity.token, *given]
 
-        def begin(chosen: Chosen, name: str, template: str, base_model: str, *values: Any) -> dict[Any, Any]:
+        def begin(
+            signed_in: gr.OAuthToken | None,
+            typed: str,
+            chosen: Chosen,
+            name: str,
+            template: str,
+            base_model: str,
+            *values: Any,
+        ) -> dict[Any, Any]:
             try:
                 arguments = self.arguments(chosen, name, template, base_model, values)
             except LabError as error:
                 return {tab.problems: "", self.result: problems_panel(error.problems, title="Not prepared yet")}
-            token = tab.hub_secret() if any(part.startswith("hub:") for part in arguments) else None
+            token = secret_of(typed, signed_in) if any(part.startswith("hub:") for part in arguments) else None
             return tab._watch(jobs.start(arguments, self.settings, secret=token, again=True), chosen)
 
-        self.push.click(
-            self.start_push,
-            [tab.chosen, self.repository, self.public, self.token],
-            [self.pushing, self.push_timer, self.push_told],
-            **hidden,
-        ).then(lambda: "", None, self.token, **hidden)
-        self.push_timer.tick(self.tick_push, self.pushing, [self.push_timer, self.push_told], **hidden)
+        self.pushing.connect([tab.chosen, self.repository, self.public], identity, hidden)
         in_sight = [self.inputs[name] for name in COLUMN_FIELDS]
         self.box.expand(self.choices_now, tab.chosen, in_sight, **hidden)
         self.begin.click(begin, inputs, tab.outputs, **hidden)
@@ -177,39 +179,16 @@ class PreparePanel:
         except (LabError, OSError):
             return [gr.skip() for _ in COLUMN_FIELDS]
 
-    def start_push(self, chosen: Chosen, repository: str, public: bool, token: str) -> tuple[Any, ...]:
-        secret = (token or "").strip() or machine_token()
-        problems = []
-        if not chosen.is_prepared:
-            problems.append("no prepared dataset is chosen; prepare one first")
-        if not secret:
-            problems.append("no token; type one in, or set HF_TOKEN for the app")
-        if not (repository or "").strip():
-            problems.append("no repository is named; write owner/name")
+    def push_wish(self, chosen: Chosen, name: str, public: bool) -> Wish:
+        """Raises ConfigError with all that is missing."""
+        problems = [] if chosen.is_prepared else ["no prepared dataset is chosen; prepare one first"]
+        try:
+            given = [f"--repo-id={repository(name)}", *(["--public"] if public else [])]
+        except ConfigError as error:
+            problems += error.problems
         if problems:
-            return "", gr.Timer(active=False), problems_panel(problems, title="Not pushed")
-        arguments = [
-            "push",
-            chosen.path,
-            f"--repo-id={repository.strip()}",
-            "--json",
-            *(["--public"] if public else []),
-        ]
-        job = jobs.start(arguments, self.settings, secret=secret, again=True)
-        return job.job_id, gr.Timer(active=True), progress_html(job.progress())
-
-    def tick_push(self, job_id: str) -> tuple[Any, str]:
-        job = jobs.find(job_id, self.settings)
-        progress = job.progress() if job else None
-        if progress is None or progress.state == jobs.RUNNING:
-            return gr.Timer(active=progress is not None), progress_html(progress)
-        if progress.state != jobs.DONE:
-            return gr.Timer(active=False), problems_panel(progress.problems, title="Not pushed")
-        (pushed,) = progress.result["pushed"]
-        url, changed = pushed["url"], pushed["changed"]
-        told = "Pushed" if changed else "Nothing has changed since the last push"
-        link = f'<a class="lab-link" href="{esc(url)}" target="_blank" rel="noopener">{esc(url)}</a>'
-        return gr.Timer(active=False), f'<p class="lab-hint">{told}: commit {esc(pushed["commit"][:10])}</p>{link}'
+            raise ConfigError(*problems)
+        return Wish(["push", chosen.path, *given], {name.strip(): "dataset"}, not public)
 
 
 def _component(name: str, value: Any) -> gr.components.Component:

@@ -13,6 +13,7 @@ from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip
+from qlora_core.ui.identity import Identity
 from qlora_core.ui.push_part import PushPart
 from qlora_core.ui.words import empty, esc, facts, loss, problems_panel
 
@@ -63,10 +64,10 @@ class PublishTab:
                 self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
         self.push = PushPart(settings)
 
-    def connect(self, hidden: dict[str, Any]) -> None:
+    def connect(self, identity: Identity, hidden: dict[str, Any]) -> None:
         shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file]
         self.run.change(self.show, self.run, shown, **hidden)
-        self.push.connect(self.run, self.onto, hidden)
+        self.push.connect(self.run, self.onto, identity, hidden)
         self.export.input(lambda export: _hint(ABOUT[export]), self.export, self.about, **hidden)
         self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
         self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(

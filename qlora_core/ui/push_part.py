@@ -10,16 +10,17 @@ from qlora_core.model_card import licence_warning
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
-from qlora_core.ui.pushing import Pushing, repository
+from qlora_core.ui.identity import Identity
+from qlora_core.ui.pushing import Pushing, Wish, repository
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
 from qlora_core.ui.words import clock, empty, esc
 
-WHAT = [("Adapter", "adapter"), ("Merged model", "merged")]
+WHAT = [("Adapter", "adapter"), ("Merged model", "merged"), ("Dataset", "dataset")]
 
 
 class PushPart:
-    """`run` is the tab's dropdown of runs. A token stays in its field in the browser; a push has it for as long as it lasts."""
+    """`run` is the tab's dropdown of runs."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -38,13 +39,9 @@ class PushPart:
                 self.public = gr.Checkbox(
                     label="Public", info="Else only you see it.", value=False, min_width=220, elem_id="push-public"
                 )
-                self.token = gr.Textbox(
-                    label="Token with write permission", type="password", max_lines=1,
-                    info="Used for pushes of this session, and kept nowhere.", min_width=220, elem_id="push-token",
-                )  # fmt: skip
             self.warning = gr.HTML("", elem_id="push-warning")
             self.card = CardEditor(settings)
-            with gr.Accordion("Version, branch, pull request", open=False, elem_id="push-more"), gr.Row():
+            with gr.Accordion("Version, branch, pull request, collection", open=False, elem_id="push-more"), gr.Row():
                 self.version = gr.Textbox(
                     label="Version",
                     placeholder="the next of v1, v2, …",
@@ -54,6 +51,14 @@ class PushPart:
                 )
                 self.branch = gr.Textbox(
                     label="Branch", placeholder="main", max_lines=1, min_width=220, elem_id="push-branch"
+                )
+                self.collection = gr.Textbox(
+                    label="Collection",
+                    placeholder="none",
+                    info="Its title. Made if it is not there.",
+                    max_lines=1,
+                    min_width=220,
+                    elem_id="push-collection",
                 )
                 self.pull_request = gr.Checkbox(
                     label="As a pull request", value=False, min_width=220, elem_id="push-pull-request"
@@ -65,21 +70,22 @@ class PushPart:
                     min_width=220,
                     elem_id="push-force",
                 )
-            self.pushing = Pushing(settings, "push")
+            self.pushing = Pushing(settings, "push", self.wish)
             self.earlier = gr.HTML("", elem_id="push-earlier")
             self.versions = VersionsPart()
 
-    def connect(self, run: gr.Dropdown, onto: gr.Radio, hidden: dict[str, Any]) -> None:
+    def connect(self, run: gr.Dropdown, onto: gr.Radio, identity: Identity, hidden: dict[str, Any]) -> None:
         """`onto`: the tab's choice of the base that is merged into."""
         asked = [
-            run, self.what, onto, self.repository, self.public, self.version, self.branch, self.pull_request, self.force,
+            run, self.what, onto, self.repository, self.public, self.version, self.branch, self.collection,
+            self.pull_request, self.force,
         ]  # fmt: skip
         pushing = self.pushing
-        pushing.connect(self.arguments, asked, self.token, hidden)
+        pushing.connect(asked, identity, hidden)
         run.change(self.show, run, [self.part, self.repository, self.warning, self.earlier, *pushing.outputs], **hidden)
-        pushing.told.change(self.show_earlier, run, self.earlier, **hidden)
+        pushing.view.told.change(self.show_earlier, run, self.earlier, **hidden)
         self.card.connect([run, self.what, self.repository, onto], hidden)
-        self.versions.connect(self.repository, self.token, hidden)
+        self.versions.connect(self.repository, identity, hidden)
 
     def show(self, run_id: str | None) -> tuple[Any, ...]:
         """The chosen run: its suggested repository, licence warning, earlier pushes, and a push of it that goes on."""
@@ -88,7 +94,7 @@ class PushPart:
             warning = licence_warning(run)
         except (LabError, OSError):
             return gr.Column(visible=False), gr.skip(), "", "", *self.pushing.watch(None)
-        before = publishing.published(run)
+        before = publishing.published(run.path)
         name = before[-1]["repo_id"] if before else safe_name(run.config().run_name())
         text = f'<p class="lab-warn">{esc(warning)}</p>' if warning else ""
         job = jobs.running(["push", run.run_id], self.settings)
@@ -100,10 +106,10 @@ class PushPart:
         except (LabError, OSError):
             return ""
 
-    def arguments(
+    def wish(
         self, run_id: str | None, what: list[str], onto: str, name: str, public: bool,
-        version: str, branch: str, pull_request: bool, force: bool,
-    ) -> list[str]:  # fmt: skip
+        version: str, branch: str, collection: str, pull_request: bool, force: bool,
+    ) -> Wish:  # fmt: skip
         """Raises LabError with all that is missing."""
         problems, given = [], []
         try:
@@ -118,20 +124,27 @@ class PushPart:
         given += [f"--what={','.join(what)}", *(["--public"] if public else []), *(["--force"] if force else [])]
         if "merged" in what and run.config().method == "qlora":
             given.append(f"--onto={onto}")
-        given += [
-            f"--{option}={value.strip()}" for option, value in (("version", version), ("revision", branch)) if value
-        ]
-        return ["push", run.run_id, *given, *(["--pull-request"] if pull_request else [])]
+        named = {"version": version, "revision": branch, "collection": collection}
+        given += [f"--{option}={value.strip()}" for option, value in named.items() if (value or "").strip()]
+        given += ["--pull-request"] if pull_request else []
+        also = {"pull request": pull_request, "collection": bool((collection or "").strip())}
+        kinds = {
+            n: "dataset" if one == "dataset" else "model"
+            for one, n in publishing.repositories(name.strip(), what).items()
+        }
+        return Wish(
+            ["push", run.run_id, *given], kinds, not public, tuple(one for one, wanted in also.items() if wanted)
+        )
 
 
 def earlier_html(run: Run) -> str:
     """Pushes of this run that were recorded, the newest first."""
-    found = publishing.published(run)
+    found = publishing.published(run.path)
     if not found:
         return empty("Not pushed yet", "What arrives is downloaded again, loaded, and compared with what is here.")
     items = "".join(
         f"<li>{esc(entry['repo_id'])} {esc(entry['version'] or '')} · {esc(entry['what'])} · "
-        f"{esc(entry['proof']['state'])} · {clock(entry['at'])}</li>"
+        f"{esc(entry.get('proof', {}).get('state', 'compared'))} · {clock(entry['at'])}</li>"
         for entry in reversed(found)
     )
     return f'<div class="lab-card"><h3>Pushed before</h3><ul>{items}</ul></div>'

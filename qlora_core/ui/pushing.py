@@ -1,109 +1,106 @@
 """The buttons of a push and what it says: its job, what must be agreed to first, cancel, the outcome. Knows not what is pushed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from qlora_core import jobs
 from qlora_core.errors import ConfigError, LabError
-from qlora_core.hub import machine_token
+from qlora_core.hub import Also, RepoType, probe
 from qlora_core.settings import Settings
-from qlora_core.ui.progress import progress_html
+from qlora_core.ui.identity import Identity, scope_of, secret_of
+from qlora_core.ui.job_view import JobView
 from qlora_core.ui.words import esc, problems_panel
 
 PROVEN = "Downloaded again and loaded: the logits are equal."
-NO_TOKEN = "no token; type one in, or set HF_TOKEN for the app"
+NO_TOKEN = "nobody is known to the Hub; open “Hugging Face account” at the top, and sign in or type a token"
 NO_REPOSITORY = "no repository is named; write owner/name"
+ASKING = '<p class="lab-hint" role="status">Asking the Hub whether this can be pushed …</p>'
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A push as it was asked for: the command line, and into which repositories, by name -> "model" or "dataset"."""
+
+    arguments: list[str]
+    repositories: Mapping[str, RepoType]
+    private: bool
+    also: tuple[Also, ...] = ()
 
 
 class Pushing:
-    """`arguments(*values)` gives the command line of `inputs`, and raises LabError with all that is missing."""
+    """`wish(*values)` says what the values of `connect`'s inputs ask for; LabError tells all that is missing."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, name: str, wish: Callable[..., Wish]) -> None:
+        self.settings, self.wish = settings, wish
         with gr.Row():
             self.look = gr.Button("What would change", elem_id=f"{name}-plan")
             self.push = gr.Button("Push", variant="primary", elem_id=f"{name}-go")
-            self.cancel = gr.Button("Cancel", visible=False, elem_id=f"{name}-cancel")
-        self.job = gr.State("")
-        self.timer = gr.Timer(0.7, active=False)
-        self.told = gr.HTML("", min_height=44, elem_id=f"{name}-told")
+        self.view = JobView(settings, name, ended=ended_html, failed="Not pushed")
         self.agree = gr.Button("Push just this", visible=False, variant="primary", elem_id=f"{name}-agree")
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.job, self.timer, self.told, self.agree, self.cancel]
+        return [*self.view.outputs, self.agree]
 
-    def connect(
-        self,
-        arguments: Callable[..., list[str]],
-        inputs: list[Any],
-        token: gr.Textbox,
-        hidden: dict[str, Any],
-    ) -> None:
-        self.arguments = arguments
-        self.look.click(self.plan, [token, *inputs], self.outputs, **hidden)
-        self.push.click(self.begin, [token, *inputs], self.outputs, **hidden)
-        self.agree.click(self.go_on, [self.job, token, *inputs], self.outputs, **hidden)
-        self.cancel.click(self.stop, self.job, self.outputs, **hidden)
-        self.timer.tick(self.tick, self.job, self.outputs, **hidden)
+    def connect(self, inputs: list[Any], identity: Identity, hidden: dict[str, Any]) -> None:
+        asked, job = [identity.token, *inputs], self.view.job
+        self.look.click(self.plan, asked, self.outputs, **hidden)
+        self.push.click(self.begin, asked, self.outputs, **hidden)
+        self.agree.click(self.go_on, [job, *asked], self.outputs, **hidden)
+        self.view.connect(hidden)
+        # Only what has ended can be agreed to; while it goes on, the button is hidden by what began it.
+        self.view.told.change(self.can_agree, job, self.agree, **hidden)
 
-    def plan(self, token: str, *values: Any) -> tuple[Any, ...]:
-        return self._start(token, values, ["--plan"])
+    def plan(self, signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self._start(typed, signed_in, values, ["--plan"])
 
-    def begin(self, token: str, *values: Any) -> tuple[Any, ...]:
-        return self._start(token, values, [])
+    def begin(self, signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self._start(typed, signed_in, values, [])
 
-    def go_on(self, job_id: str, token: str, *values: Any) -> tuple[Any, ...]:
+    def go_on(
+        self, signed_in: gr.OAuthToken | None, job_id: str, typed: str, *values: Any
+    ) -> Iterator[tuple[Any, ...]]:
         """What was shown is agreed to; what has changed since is shown instead."""
-        job = jobs.find(job_id, self.settings)
-        progress = job.progress() if job else None
+        progress = self.view.progress(job_id)
         shown = progress.result.get("agree") if progress else None
-        return self._start(token, values, [f"--agreed={shown}"] if shown else [])
+        yield from self._start(typed, signed_in, values, [f"--agreed={shown}"] if shown else [])
 
-    def _start(self, token: str, values: tuple[Any, ...], more: list[str]) -> tuple[Any, ...]:
-        """All that is missing at once, or the job."""
-        secret, problems, arguments = (token or "").strip() or machine_token(), [], []
+    def can_agree(self, job_id: str) -> gr.Button:
+        progress = self.view.progress(job_id)
+        return gr.Button(visible=bool(progress and progress.result.get("needed")))
+
+    def watch(self, job: jobs.Job | None, otherwise: str = "") -> tuple[Any, ...]:
+        return *self.view.watch(job, otherwise), gr.Button(visible=False)
+
+    def _start(
+        self, typed: str, signed_in: gr.OAuthToken | None, values: tuple[Any, ...], more: list[str]
+    ) -> Iterator[tuple[Any, ...]]:
+        """All that is missing or in the way at once, or the job."""
+        secret, wish, problems = secret_of(typed, signed_in), None, []
         try:
-            arguments = self.arguments(*values)
+            wish = self.wish(*values)
         except LabError as error:
             problems += error.problems
         if not secret:
             problems.append(NO_TOKEN)
+        if wish and secret:
+            yield self.watch(None, ASKING)
+            for name, kind in wish.repositories.items():
+                scope = scope_of(typed, signed_in)
+                found = probe(secret, name, kind=kind, private=wish.private, also=wish.also, scope=scope)
+                problems += [problem for problem in found.problems if problem not in problems]
         if problems:
-            return self._shown("", problems_panel(problems, title="Not pushed yet"))
-        return self.watch(jobs.start([*arguments, *more, "--json"], self.settings, secret=secret, again=True))
+            yield self.watch(None, problems_panel(problems, title="Not pushed yet"))
+            return
+        assert wish is not None, "without one there is a problem"
+        yield self.watch(jobs.start([*wish.arguments, *more, "--json"], self.settings, secret=secret, again=True))
 
-    def watch(self, job: jobs.Job | None, otherwise: str = "") -> tuple[Any, ...]:
-        """Outputs that follow the job until it ends; `otherwise` is shown where there is none."""
-        return (
-            self._shown(job.job_id, progress_html(job.progress()), active=True) if job else self._shown("", otherwise)
-        )
 
-    def stop(self, job_id: str) -> tuple[Any, ...]:
-        if job := jobs.find(job_id, self.settings):
-            job.cancel()
-        return self.tick(job_id)
-
-    def tick(self, job_id: str) -> tuple[Any, ...]:
-        job = jobs.find(job_id, self.settings)
-        progress = job.progress() if job else None
-        if progress is None:
-            return self._shown("", "")
-        if progress.state == jobs.RUNNING:
-            return self._shown(job_id, progress_html(progress), active=True)
-        if progress.state == jobs.CANCELLED:
-            return self._shown(job_id, '<p class="lab-hint" role="status">Cancelled.</p>')
-        if progress.state == jobs.FAILED:
-            return self._shown(job_id, problems_panel(progress.problems, title="Not pushed"))
-        result = progress.result
-        if "plan" in result:
-            return self._shown(job_id, planned_html(result), agree=result["needed"])
-        return self._shown(job_id, pushed_html(result))
-
-    def _shown(self, job_id: str, told: str, *, active: bool = False, agree: bool = False) -> tuple[Any, ...]:
-        return job_id, gr.Timer(active=active), told, gr.Button(visible=agree), gr.Button(visible=active)
+def ended_html(result: dict[str, Any]) -> str:
+    return planned_html(result) if "plan" in result else pushed_html(result)
 
 
 def repository(text: str | None) -> str:
@@ -121,12 +118,16 @@ def planned_html(result: dict[str, Any]) -> str:
 
 def pushed_html(result: dict[str, Any]) -> str:
     """Of each thing the link, the version, and whether what arrived is what is here."""
-    return "".join(_pushed(entry) for entry in result["pushed"])
+    collection = link_html(url) if (url := result.get("collection")) else ""
+    return "".join(map(_pushed, result["pushed"])) + collection
+
+
+def link_html(url: str) -> str:
+    return f'<a class="lab-link" href="{esc(url)}" target="_blank" rel="noopener">{esc(url)}</a>'
 
 
 def _pushed(entry: dict[str, Any]) -> str:
     url, proof = entry.get("pull_request") or entry["url"], entry.get("proof")
-    link = f'<a class="lab-link" href="{esc(url)}" target="_blank" rel="noopener">{esc(url)}</a>'
     changed = "Pushed" if entry["changed"] else "Nothing has changed since the last push"
     version = f", version {esc(entry['version'])}" if entry.get("version") else ""
     shown = ""
@@ -135,4 +136,4 @@ def _pushed(entry: dict[str, Any]) -> str:
     elif proof:
         why = proof.get("reason") or "its logits differ from those of the model here"
         shown = f'<p class="lab-warn">Not proven: {esc(why)}</p>'
-    return f'<p class="lab-hint">{changed}: commit {esc(entry["commit"][:10])}{version}</p>{link}{shown}'
+    return f'<p class="lab-hint">{changed}: commit {esc(entry["commit"][:10])}{version}</p>{link_html(url)}{shown}'

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError
+from qlora_core.hub import acting_token
 from qlora_core.planner.facts import Facts
 from qlora_core.planner.studying import Pace, fit_sentence
 from qlora_core.settings import Settings
@@ -82,7 +83,7 @@ def plan_of_form(wanted: Wanted, config: TrainConfig, facts: Facts, paces: Seque
 def start_study(found: StudyPlan, settings: Settings, *, skip: bool) -> Study:
     """The study of this plan, queued; while such a one is under way, that one. Raises LabError."""
     found.check_fits(skip=skip, way_out="the runs that do not fit")
-    study = found.create(settings)
+    study = found.create(settings, token=acting_token())
     study.start()
     return study
 

@@ -12,6 +12,7 @@ from qlora_core.studies import measured_paces
 from qlora_core.study_grid import KINDS
 from qlora_core.study_plan import LORA_VS_QLORA, StudyPlan
 from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.identity import Identity, acting
 from qlora_core.ui.study_asked import (
     ANYTHING,
     LADDER,
@@ -117,7 +118,9 @@ class StudyForm:
     def plans(self) -> list[gr.components.Component]:
         return [self.pair_plan, self.ladder_plan, self.other_plan, self.skip]
 
-    def connect(self, tab: gr.Tab, chosen: gr.State, selected: gr.Textbox, hidden: dict[str, Any]) -> None:
+    def connect(
+        self, tab: gr.Tab, chosen: gr.State, selected: gr.Textbox, identity: Identity, hidden: dict[str, Any]
+    ) -> None:
         """`tab`: on whose selection the plans follow the form; `selected` takes the id of the study that was made."""
         made_of = [chosen, *self.choices, *self.train.inputs]
         for happens in (tab.select, self.train.looked.then, self.more.expand):
@@ -138,7 +141,7 @@ class StudyForm:
             (self.ladder, self.begin_ladder),
             (self.start, self.begin_other),
         ):
-            button.click(begin, [self.skip, *made_of], [self.problem, selected], **hidden).then(
+            button.click(acting(begin), [identity.token, self.skip, *made_of], [self.problem, selected], **hidden).then(
                 None, None, None, js=TO_THE_STUDY, **hidden
             )
 

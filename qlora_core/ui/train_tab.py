@@ -11,6 +11,7 @@ from qlora_core import precision, queue, targets
 from qlora_core.config import TrainConfig
 from qlora_core.data.rows import counted
 from qlora_core.errors import ConfigError, LabError
+from qlora_core.hub import acting_token
 from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.planner.findings import STOP, findings
 from qlora_core.planner.recommendation import recommend
@@ -19,6 +20,7 @@ from qlora_core.settings import Settings
 from qlora_core.ui import advice, form, memory_panel, saved_settings
 from qlora_core.ui.advice import Advice, Looked
 from qlora_core.ui.chosen import Chosen
+from qlora_core.ui.identity import Identity, acting
 from qlora_core.ui.preview import How
 from qlora_core.ui.words import METHOD_NAMES, esc, problems_panel
 
@@ -112,7 +114,7 @@ class TrainTab:
     def inputs(self) -> list[gr.components.Component]:
         return [self.fields[name] for name in form.SPECS]
 
-    def connect(self, chosen: gr.State, picked: Any, hidden: dict[str, Any]) -> None:
+    def connect(self, chosen: gr.State, picked: Any, identity: Identity, hidden: dict[str, Any]) -> None:
         """Wire the form; `picked` is the trigger after which another dataset is chosen."""
         form_now = [chosen, *self.inputs]
         watched = [self.plan, self.command, self.problems, self.dataset, self.findings, self.memory]
@@ -128,7 +130,12 @@ class TrainTab:
         changes = [component.change for component in looked_at]
         # After it, the dataset and the model's layers are known.
         self.looked = gr.on(
-            [*changes, chosen.change], self.look, [chosen, *looked_at], None, trigger_mode="always_last", **hidden
+            [*changes, chosen.change],
+            acting(self.look),
+            [identity.token, chosen, *looked_at],
+            None,
+            trigger_mode="always_last",
+            **hidden,
         ).then(self.check, form_now, watched, **hidden)
         picked(self.settle, form_now, self.inputs, **hidden)
         for told in (self.findings, self.memory):
@@ -248,7 +255,9 @@ class TrainTab:
 
     def _refuse_what_stops(self, config: TrainConfig, chosen: Chosen) -> None:
         """Raises ConfigError with every finding that must be mended first."""
-        looked = self.advice.known(chosen, how_of(config)) or self.advice.look(chosen, how_of(config))
+        looked = self.advice.known(chosen, how_of(config))
+        if looked is None or looked.problem:  # somebody may have signed in since
+            looked = self.advice.look(chosen, how_of(config))
         layers_text(config, looked)
         if stops := what_stops(self.advice.facts(config, chosen, looked)):
             raise ConfigError(*stops)
@@ -276,7 +285,7 @@ def how_of(config: TrainConfig) -> How:
 
 def start_run(config: TrainConfig, settings: Settings) -> Run:
     """The run of this config: a new one, or the one that is queued or running already. Raises LabError."""
-    run = RunStore(settings).create(config)
+    run = RunStore(settings).create(config, token=acting_token())
     queue.add(run)
     queue.start_next(settings)
     return run

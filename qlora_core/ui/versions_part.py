@@ -7,7 +7,8 @@ import gradio as gr
 
 from qlora_core import hub
 from qlora_core.errors import LabError
-from qlora_core.hub import RolledBack, Version, machine_token
+from qlora_core.hub import RolledBack, Version
+from qlora_core.ui.identity import Identity, secret_of
 from qlora_core.ui.pushing import NO_TOKEN, repository
 from qlora_core.ui.words import empty, esc, problems_panel
 
@@ -28,32 +29,34 @@ class VersionsPart:
                 self.go = gr.Button("Go back to it", variant="stop", elem_id="versions-go")
             self.told = gr.HTML("", elem_id="versions-told")
 
-    def connect(self, repo: gr.Textbox, token: gr.Textbox, hidden: dict[str, Any]) -> None:
+    def connect(self, repo: gr.Textbox, identity: Identity, hidden: dict[str, Any]) -> None:
         listed = [self.table, self.back, self.version, self.told]
-        asked = [repo, token, self.version, self.force]
-        self.show.click(self.list, [repo, token], listed, **hidden)
+        asked = [repo, identity.token, self.version, self.force]
+        self.show.click(self.list, asked[:2], listed, **hidden)
         self.look.click(self.plan, asked, self.told, **hidden)
-        self.go.click(self.roll_back, asked, self.told, **hidden).then(
-            lambda *given: self.list(*given)[0], [repo, token], self.table, **hidden
-        )
+        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:2], self.table, **hidden)
 
-    def list(self, repo: str, token: str) -> tuple[Any, ...]:
+    def list(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> tuple[Any, ...]:
         try:
-            found = hub.versions(repository(repo), (token or "").strip() or machine_token())
+            found = hub.versions(repository(repo), secret_of(typed, signed_in))
         except LabError as error:
             return problems_panel(error.problems, title="No versions"), gr.Row(visible=False), gr.skip(), ""
         names = [version.version for version in found if not version.current]
         versions = gr.Dropdown(choices=names, value=next(iter(names), None))
         return versions_html(found), gr.Row(visible=bool(names)), versions, ""
 
-    def plan(self, *asked: Any) -> str:
-        return self._back(*asked, plan=True)
+    def list_again(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> str:
+        return self.list(signed_in, repo, typed)[0]
 
-    def roll_back(self, *asked: Any) -> str:
-        return self._back(*asked, plan=False)
+    def plan(self, signed_in: gr.OAuthToken | None, repo: str, typed: str, version: str | None, force: bool) -> str:
+        return self._back(secret_of(typed, signed_in), repo, version, force, plan=True)
 
-    def _back(self, repo: str, token: str, version: str | None, force: bool, *, plan: bool) -> str:
-        secret = (token or "").strip() or machine_token()
+    def roll_back(
+        self, signed_in: gr.OAuthToken | None, repo: str, typed: str, version: str | None, force: bool
+    ) -> str:
+        return self._back(secret_of(typed, signed_in), repo, version, force, plan=False)
+
+    def _back(self, secret: str | None, repo: str, version: str | None, force: bool, *, plan: bool) -> str:
         problems = [
             text for text, missing in ((NO_TOKEN, not secret), ("no version is chosen", not version)) if missing
         ]

@@ -1,0 +1,64 @@
+"""What can be pushed, each as a push with its record: a run's model, its dataset, a prepared dataset, a study's report."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_core import hub
+from qlora_core.data.locate import LINEAGE
+from qlora_core.errors import RunError
+from qlora_core.hub.models import ModelPush
+from qlora_core.model_card import licence_problems, licence_warning
+from qlora_core.publishing.models import publish
+from qlora_core.publishing.record import published, record
+from qlora_core.runs import Run
+from qlora_core.study import Study
+
+
+@dataclass(frozen=True)
+class Part:
+    """`publish` takes the digest of the plan that was agreed to, and returns the record of what is there then."""
+
+    kind: Literal["model", "dataset"]
+    push: ModelPush | hub.DatasetPush
+    warning: str | None
+    publish: Callable[[str], dict[str, Any]]
+
+
+def model_part(run: Run, push: ModelPush) -> Part:
+    return Part("model", push, licence_warning(run), lambda agreed: publish(run, push, agreed))
+
+
+def dataset_part(folder: Path, repo_id: str, *, private: bool, run: Run | None = None, **asked: Any) -> Part:
+    """A prepared dataset; `run` keeps the record. Raises HubError where that is no dataset."""
+    licence = json.loads((folder / LINEAGE).read_text()).get("license") or None
+    warning = " ".join(licence_problems([licence])) if not private else None
+    push = hub.dataset_push(folder, repo_id, private=private, **asked)
+    return Part("dataset", push, warning or None, lambda agreed: _sent(push, agreed, "dataset", run and run.path))
+
+
+def report_part(study: Study, repo_id: str, **asked: Any) -> Part:
+    """A study's report. Raises HubError where nothing of the study has finished."""
+    push = hub.report_push(study.results(), repo_id, **asked)
+    return Part("dataset", push, None, lambda agreed: _sent(push, agreed, "report", study.path))
+
+
+def dataset_of(run: Run) -> Path:
+    """The prepared dataset that the run was trained on. Raises RunError where it was not, or is not there any more."""
+    folder = Path(run.config().data or "")
+    told = f"{run.run_id}: was trained on {run.dataset().file_name}, which is no prepared dataset"
+    if not (folder / LINEAGE).is_file():
+        raise RunError(f"{told}; prepare it (Data, or `python -m qlora_core prepare`), and push that")
+    if json.loads((folder / LINEAGE).read_text()).get("fingerprint") != run.dataset().origin.get("fingerprint"):
+        raise RunError(f"{run.run_id}: the dataset in {folder} has been prepared anew since; push it by its folder")
+    return folder
+
+
+def _sent(push: hub.DatasetPush, agreed: str, what: str, keeper: Path | None) -> dict[str, Any]:
+    entry = {**asdict(push.run(agreed)), "what": what, "at": time.time()}
+    if keeper and entry not in published(keeper):
+        record(keeper, entry)
+    return entry
