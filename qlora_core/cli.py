@@ -17,6 +17,7 @@ from qlora_core.cli_options import add_options, print_json, run_config
 from qlora_core.config import TrainConfig
 from qlora_core.differences import run_differences
 from qlora_core.errors import LabError, RunError
+from qlora_core.gguf_export import export_gguf
 from qlora_core.merging import EXPORTS, merge
 from qlora_core.run_status import ACTIVE, CRASHED, FAILED
 from qlora_core.runs import Run, RunStore
@@ -72,7 +73,10 @@ def parser() -> argparse.ArgumentParser:
         "--onto", choices=("original", "dequantized"), help="default: dequantized for qlora, else and for nf4 original"
     )
     command.add_argument(
-        "--export", choices=EXPORTS, default="16bit", help="nf4: the merged model in 4 bits, a quarter of the size"
+        "--export",
+        choices=(*EXPORTS, "gguf"),
+        default="16bit",
+        help="nf4: the merged model in 4 bits, a quarter of the size; gguf: a file for llama.cpp, by its converter",
     )
     command.set_defaults(command=_merge)
 
@@ -236,8 +240,10 @@ def _line(event: events.Event) -> str | None:
 
 def _merge(options: argparse.Namespace, settings: Settings) -> int:
     run = RunStore(settings).get(options.run)
-    folder = merge(run, onto=options.onto, export=options.export, report=lambda text: print(text, file=sys.stderr))
-    print_json({"folder": str(folder)}) if options.json else print(folder)
+    how = {"onto": options.onto, "report": lambda text: print(text, file=sys.stderr)}
+    gguf = options.export == "gguf"
+    found = export_gguf(run, **how) if gguf else merge(run, export=options.export, **how)
+    print_json({"file" if gguf else "folder": str(found)}) if options.json else print(found)
     return 0
 
 

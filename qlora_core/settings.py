@@ -36,6 +36,11 @@ class Settings:
         env="QLORA_LAB_MAX_DATASET_BYTES",
         help="largest dataset file once it is unpacked; where a gzip or Parquet bomb stops",
     )
+    gguf_converter: str = _setting(
+        "",
+        env="QLORA_LAB_GGUF_CONVERTER",
+        help="llama.cpp's convert_hf_to_gguf.py, or a program with its options, for exports as GGUF",
+    )
 
     @property
     def limits(self) -> Limits:
@@ -68,6 +73,8 @@ class Settings:
                 continue
             if isinstance(spec.default, Path):
                 values[name] = Path(text).expanduser().resolve()
+            elif isinstance(spec.default, str):
+                values[name] = text
             elif text.isdecimal() and int(text) > 0:
                 values[name] = int(text)
             else:
