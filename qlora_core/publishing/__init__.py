@@ -1,7 +1,7 @@
 """What a run or a study leads to, on the Hub: agreed to by a person, pushed in one commit, proven, recorded. Knows no torch."""
 
 from qlora_core.publishing.agreement import UNSEEN, Agreement, NotAgreed
-from qlora_core.publishing.models import Publication, prepare
+from qlora_core.publishing.models import Publication, card_of, prepare
 from qlora_core.publishing.parts import Part, dataset_of, dataset_part, model_part, report_part
 from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text
 from qlora_core.publishing.together import Together, repositories
@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "Publication",
     "Together",
+    "card_of",
     "card_text",
     "dataset_of",
     "dataset_part",

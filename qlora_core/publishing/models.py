@@ -2,19 +2,23 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_core import hub
+from qlora_core.drift import for_card, read_drift
 from qlora_core.errors import RunError
 from qlora_core.hub.access import account, full_name
 from qlora_core.hub.models import ModelPush
-from qlora_core.merging import merge
-from qlora_core.model_card import model_card
+from qlora_core.merging import merge, ways
+from qlora_core.model_card import Card, model_card
 from qlora_core.publishing.proof import prove
 from qlora_core.publishing.record import card_text, published, record
-from qlora_core.run_status import RUNNING
+from qlora_core.run_status import ACTIVE, RUNNING
 from qlora_core.runs import Run, lock
+from qlora_core.studies import StudyStore
+from qlora_core.study_results import StudyResults
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def prepare(
         raise RunError(f"{run.run_id}: has no adapter yet; only a finished or stopped run can be pushed")
     name = full_name(repo_id, account(token, endpoint=endpoint))
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
-    card = model_card(run, what=how.what, repo_id=name, version=how.version or None, onto=how.onto, text=card_text(run))
+    card = card_of(run, name, how)
     return ModelPush(
         folder,
         name,
@@ -66,10 +70,34 @@ def prepare(
     )
 
 
+def card_of(run: Run, repo_id: str, how: Publication) -> Card:
+    """With a person's words, the measured drift of its merges, and the newest study that the run is part of. Raises RunError."""
+    return model_card(
+        run,
+        what=how.what,
+        repo_id=repo_id,
+        version=how.version or None,
+        onto=how.onto,
+        study=_study_of(run),
+        drift=for_card(read_drift(run)),
+        text=card_text(run),
+    )
+
+
+def _study_of(run: Run) -> StudyResults | None:
+    """Of one that still goes on, the figures would be others tomorrow."""
+    for study in StudyStore(run.settings).list():
+        with suppress(RunError):  # one that cannot be read tells nothing
+            if run.run_id in (entry["run_id"] for entry in study.told()["runs"]) and study.status().state not in ACTIVE:
+                return study.results()
+    return None
+
+
 def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Release:
     """What the version's record says: of the step whose adapter it is, where that was evaluated.
 
-    A merged model's figures are those of the model that was trained, and say so in their names.
+    A merged model's figures are those of the model that was trained, and say so in their names; its own are what the merge
+    changed, where that was measured.
     """
     info, train = result["run_info"], result["train_info"]
     losses = {entry["step"]: entry["loss"] for entry in train.get("eval_losses") or []}
@@ -77,6 +105,7 @@ def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Releas
     step = train.get("adapter_step")
     found = {"eval_loss": losses.get(step), "train_loss": train.get("train_loss"), "score": scores.get(step)}
     dataset, of = run.dataset(), "trained_" if how.what == "merged" else ""
+    drifted = (for_card(read_drift(run)) or {}).get(how.onto or ways(run)[-1], {}) if how.what == "merged" else {}
     return hub.Release(
         how.what,
         version=how.version,
@@ -85,7 +114,8 @@ def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Releas
         dataset_fingerprint=dataset.train_fingerprint,
         eval_fingerprint=dataset.eval_fingerprint,
         git_commit=info.get("git_commit"),
-        metrics={of + name: value for name, value in found.items() if value is not None},
+        metrics={of + name: value for name, value in found.items() if value is not None}
+        | {f"merge_{name}": value for name, value in drifted.items() if name in ("kl", "top1")},
     )
 
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from qlora_core import publishing
 from qlora_core.errors import LabError
-from qlora_core.model_card import CardText, licence_names, model_card
+from qlora_core.model_card import CardText, licence_names
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.words import problems_panel
@@ -86,7 +86,7 @@ class CardEditor:
 def preview(run: Run, what: str, name: str, onto: str) -> str:
     """The card as Markdown that a browser shows: front matter as a code block, pictures within."""
     merged_onto = onto if what == "merged" and run.config().method == "qlora" else None
-    card = model_card(run, what=what, repo_id=name or "owner/name", onto=merged_onto, text=publishing.card_text(run))
+    card = publishing.card_of(run, name or "owner/name", publishing.Publication(what=what, onto=merged_onto))
     _, front, body = re.split(r"^---$", card.text, maxsplit=2, flags=re.MULTILINE)
     for path, content in card.images.items():
         body = body.replace(f"]({path})", f"](data:image/png;base64,{base64.b64encode(content).decode()})")

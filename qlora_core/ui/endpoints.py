@@ -14,6 +14,7 @@ from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.form import EXAMPLES, example_config
+from qlora_core.ui.push_endpoints import add_push_endpoint
 from qlora_core.ui.study_endpoints import add_study_endpoints
 from qlora_core.ui.train_tab import start_run as begin
 from qlora_core.ui.uploads import keep_upload
@@ -54,6 +55,7 @@ def add_endpoints(settings: Settings) -> None:
     _file_endpoints(inspect_dataset, start_run)
     for function in (run_status, stop_run, list_runs):
         gr.api(function, api_name=function.__name__, concurrency_limit=None)
+    add_push_endpoint(settings, _told)
     add_study_endpoints(settings, _told, lambda config, file: _config(config, file, settings))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from qlora_core import jobs
+from qlora_core.drift import HEADER, basis, read_drift, table
 from qlora_core.errors import LabError
 from qlora_core.merging import merge
 from qlora_core.runs import RunStore
@@ -14,6 +16,7 @@ from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip
 from qlora_core.ui.identity import Identity
+from qlora_core.ui.job_view import JobView
 from qlora_core.ui.push_part import PushPart
 from qlora_core.ui.words import empty, esc, facts, loss, problems_panel
 
@@ -60,13 +63,17 @@ class PublishTab:
                 self.why = gr.HTML("")
                 self.export = gr.Radio(EXPORTS, value="16bit", label="Weights", elem_id="export")
                 self.about = gr.HTML(_hint(ABOUT["16bit"]), elem_id="export-about")
+                self.measure = gr.Button("Measure what each merge changes", elem_id="drift")
+                self.drift = JobView(settings, "drift", ended=drift_html, failed="Not measured")
                 self.merge = gr.Button("Merge and download", elem_id="merge")
                 self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
         self.push = PushPart(settings)
 
     def connect(self, identity: Identity, hidden: dict[str, Any]) -> None:
-        shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file]
+        shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file, *self.drift.outputs]
         self.run.change(self.show, self.run, shown, **hidden)
+        self.measure.click(self.measure_drift, self.run, self.drift.outputs, **hidden)
+        self.drift.connect(hidden)
         self.push.connect(self.run, self.onto, identity, hidden)
         self.export.input(lambda export: _hint(ABOUT[export]), self.export, self.about, **hidden)
         self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
@@ -92,7 +99,7 @@ class PublishTab:
             run = RunStore(self.settings).get(run_id or "")
             config, status = run.config(), run.status()
         except (LabError, FileNotFoundError):
-            return self.nothing(), gr.Row(visible=False), gr.skip(), gr.skip(), "", ""
+            return self.nothing(), gr.Row(visible=False), gr.skip(), gr.skip(), "", "", *self.drift.watch(None)
         pairs = [
             ("state", status.state),
             ("steps", f"{status.step:,}"),
@@ -103,7 +110,16 @@ class PublishTab:
         quantised = config.method == "qlora"
         onto = gr.Radio(value="dequantized" if quantised else "original", visible=quantised)
         why = _hint(WHY["dequantized" if quantised else "lora"])
-        return head, gr.Row(visible=True), onto, why, "", ""
+        measuring = jobs.running(["drift", run.run_id], self.settings)
+        drifted = drift_html(found) if (found := read_drift(run)) else ""
+        return head, gr.Row(visible=True), onto, why, "", "", *self.drift.watch(measuring, drifted)
+
+    def measure_drift(self, run_id: str | None) -> tuple[Any, ...]:
+        try:
+            run = RunStore(self.settings).get(run_id or "")
+        except LabError as error:
+            return self.drift.watch(None, problems_panel(error.problems, title="Not measured"))
+        return self.drift.watch(jobs.start(["drift", run.run_id, "--json"], self.settings, again=True))
 
     def adapter(self, run_id: str | None) -> str:
         try:
@@ -139,6 +155,16 @@ class PublishTab:
             yield problems_panel(
                 getattr(told[-1], "problems", ("the merge ended early; see the app's output",)), title="No merge"
             )
+
+
+def drift_html(found: dict[str, Any]) -> str:
+    """Of each way of merging how far it is from the model that was trained, and on what that was measured."""
+    head = "".join(f"<th>{esc(name)}</th>" for name in HEADER)
+    rows = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>" for row in table(found))
+    return (
+        f'<div class="lab-scroll"><table class="lab-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f"{_hint(basis(found))}"
+    )
 
 
 def _hint(text: str) -> str:

@@ -16,6 +16,7 @@ from qlora_core.ui.words import esc, problems_panel
 
 PROVEN = "Downloaded again and loaded: the logits are equal."
 NO_TOKEN = "nobody is known to the Hub; open “Hugging Face account” at the top, and sign in or type a token"
+NO_TOKEN_FOR_CLIENT = "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"
 NO_REPOSITORY = "no repository is named; write owner/name"
 ASKING = '<p class="lab-hint" role="status">Asking the Hub whether this can be pushed …</p>'
 

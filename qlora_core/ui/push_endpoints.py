@@ -1,0 +1,54 @@
+"""Endpoint of a push for gradio_client. It waits for the job that the page would start."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from qlora_core import jobs
+from qlora_core.errors import HubError
+from qlora_core.runs import RunStore
+from qlora_core.settings import Settings
+from qlora_core.ui.identity import secret_of
+from qlora_core.ui.pushing import NO_TOKEN_FOR_CLIENT, repository
+
+LOOK_SECONDS = 0.3
+
+
+def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
+    """Inside a Blocks context; `told` turns a LabError into the client's."""
+
+    @told
+    def push_run(
+        run_id: str,
+        repo_id: str,
+        token: str = "",
+        what: str = "adapter",
+        public: bool = False,
+        onto: str = "",
+        version: str = "",
+        collection: str = "",
+        plan: bool = False,
+        agreed: str = "",
+        force: bool = False,
+    ) -> dict[str, Any]:
+        """Push a run: `what` is adapter, merged or dataset, or several with commas. Returns {"pushed": [...], "collection": url}
+        with commit, version and proof of each, or {"plan": [...], "warnings": [...], "agree": digest, "needed": true} where that
+        must be agreed to first: call again with `agreed=digest`. The token is used for this call and kept nowhere."""
+        secret = secret_of(token, None)
+        if not secret:
+            raise HubError(NO_TOKEN_FOR_CLIENT)
+        run = RunStore(settings).get(run_id)
+        given = {"repo-id": repository(repo_id), "what": what, "onto": onto, "version": version}
+        given |= {"collection": collection, "agreed": agreed}
+        arguments = [f"--{name}={value}" for name, value in given.items() if value]
+        arguments += [f"--{name}" for name, on in {"public": public, "plan": plan, "force": force}.items() if on]
+        job = jobs.start(["push", run.run_id, *arguments, "--json"], settings, secret=secret, again=True)
+        while (progress := job.progress()) and progress.state == jobs.RUNNING:
+            time.sleep(LOOK_SECONDS)
+        if progress is None or progress.state != jobs.DONE:
+            raise HubError(*(progress.problems if progress else ()) or ("the push was cancelled",))
+        return progress.result
+
+    gr.api(push_run, api_name="push_run", concurrency_limit=None)
