@@ -14,6 +14,7 @@ from qlora_core.errors import DeviceError
 
 GIB = 1024**3
 ALL = "all"
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,16 @@ class HostMemory:
 
 
 def host_memory() -> HostMemory:
-    """Host memory in bytes; a container's limit counts where it is lower than the machine's."""
+    """Host memory in bytes; a container's limit counts where it is lower than the machine's. Pages of files that were read are
+    available: the kernel gives them up."""
     fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
     total, available = int(fields["MemTotal"]) * 1024, int(fields["MemAvailable"]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
-        available = min(available, max(0, int(text) - int(used.read_text())))
+        kinds = dict(re.findall(r"^(\w+) (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE))
+        of_files = sum(int(kinds.get(kind, 0)) for kind in ("active_file", "inactive_file"))
+        available = min(available, max(0, int(text) - int(used.read_text()) + of_files))
     return HostMemory(total_bytes=total, available_bytes=available)
 
 

@@ -16,7 +16,7 @@ from qlora_core.errors import RunError
 from qlora_core.jobs import Cancelled
 from qlora_core.model_card import model_card
 from qlora_core.runs import Run, lock
-from qlora_core.worker.drift import measure
+from qlora_core.worker import drift as worker
 from qlora_core.worker.merging import merge_onto
 
 # Rounding the sum to bf16 leaves a KL divergence of 5e-8 in fp32; NF4 beneath the original base instead one of 4e-5.
@@ -51,7 +51,7 @@ def copied(tmp_path: Path, lora_run: Run) -> Run:
 
 def measured_here(run: Run, tmp_path: Path) -> dict[str, Any]:
     (scratch := tmp_path / "scratch").mkdir()
-    return measure(run, scratch)
+    return worker.measure(run, scratch)
 
 
 def test_the_merge_onto_the_dequantised_base_is_what_was_trained(qlora_run: Run) -> None:
@@ -173,6 +173,22 @@ def test_it_takes_turns_with_merges_and_with_runs(copied: Run, monkeypatch: pyte
         with lock(copied.settings.locks / "GPU-b.lock"), no_record:
             drift.measure(copied)
     assert used == ["GPU-b", "cpu"]
+
+
+def test_a_merge_that_does_not_fit_the_gpu_is_measured_on_the_cpu(
+    copied: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card on which qlora trained need not hold the merge in 16 bits."""
+    load = worker.load_base
+
+    def too_large(*arguments: Any, device: torch.device, **how: Any) -> Any:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(*arguments, device=device, **how)
+
+    monkeypatch.setattr(worker, "load_base", too_large)
+    monkeypatch.setattr(worker, "choose_device", lambda config: torch.device("cuda", 0))
+    assert measured_here(copied, tmp_path)["device"].startswith("CPU")
 
 
 def test_a_run_without_an_adapter_has_nothing_to_measure(tmp_path: Path) -> None:

@@ -143,6 +143,21 @@ def test_host_memory_and_disk_are_plausible(tmp_path: Path) -> None:
     assert devices.free_disk_bytes(tmp_path / "not" / "yet") > 0
 
 
+def test_files_that_a_container_has_read_leave_its_memory_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that has downloaded a large model is full of its pages, and has room all the same."""
+    files = {
+        "max": "64000000\n",
+        "current": "63000000\n",
+        "stat": "anon 3000000\nactive_file 40000000\ninactive_file 20000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    assert devices.host_memory() == devices.HostMemory(total_bytes=64_000_000, available_bytes=61_000_000)
+
+
 def test_compiler_of_the_environment_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CC", "mycc")

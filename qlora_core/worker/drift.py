@@ -26,6 +26,7 @@ from qlora_core.runs import Run
 from qlora_core.settings import Settings
 from qlora_core.storage import file_sha256, write_json
 from qlora_core.tokens import Refused, load_tokenizer, render_many
+from qlora_core.worker.architecture import causal_language_model
 from qlora_core.worker.batches import Row, forward_logits, make_pass
 from qlora_core.worker.hardware import DTYPES, MemoryMeter, choose_device, describe
 from qlora_core.worker.loading import load_base
@@ -77,14 +78,14 @@ class Measurement:
         if self.device.type == "cpu" and self.dtype == "fp16":
             self.dtype = "fp32"  # CPUs compute fp16 slowly, or not at all
         self.reference = scratch / "log-probabilities"
-        self.rows: list[Row] = []
-        self.tokens, self.trained_loss = 0, math.nan
+        vocabulary = causal_language_model(self.base)[1].vocab_size
+        self.rows = held_out(run, vocabulary=vocabulary)
+        self.tokens = sum(row.supervised_tokens for row in self.rows)
+        self.trained_loss = math.nan
 
     def of_trained(self) -> dict[str, float]:
         """The loss of the adapter on the base as it was trained on. Keeps what it says of every supervised token."""
         model = load_base(self.base, self.config, device=self.device, dtype=self.dtype)
-        self.rows = held_out(self.run, vocabulary=model.get_output_embeddings().weight.shape[0])
-        self.tokens = sum(row.supervised_tokens for row in self.rows)
         total = 0.0
         with self.reference.open("wb") as file:
             adapted = PeftModel.from_pretrained(model, str(self.run.adapter))
