@@ -55,7 +55,6 @@ def merge(
     A merge that exists already for this adapter is returned as it is. Raises RunError, also where disk or host memory would not
     do, and ModelError.
     """
-    check_has_adapter(run, "merge")
     if export not in EXPORTS:
         raise RunError(f"export is {export!r}; choose one of {', '.join(EXPORTS)}")
     onto = onto or (ORIGINAL if export == "nf4" else ways(run)[-1])
@@ -68,6 +67,7 @@ def merge(
             f"{run.run_id}: the {onto} base lies on the values of 4 bits already, so NF4 would round away again what the adapter "
             "adds to it; merge onto original for an export in NF4, or export in 16 bits"
         )
+    check_has_adapter(run, "merge")
     with lock(run.path / "merge.lock") as held:
         if held is None:
             raise RunError(f"{run.run_id}: is being merged, or its merges are measured, already; wait for that to end")
