@@ -29,7 +29,7 @@ EXPORTS = tuple(BYTES_PER_WEIGHT_BYTE)
 # after 20 steps: 5 in 10,000,000 values differed from the base's own, and the loss was that before training.
 EXPORTED_IN_NF4 = (ORIGINAL,)
 # A merged model is written file by file; so much of it is in host memory at a time.
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 1_000_000_000
 # Measured of a merge's process: torch and transformers; and beside each byte of a file that is being written, pages of the base
 # that it was made from and what the allocator keeps.
 PROCESS_BYTES = 640 * 1024**2

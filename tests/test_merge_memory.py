@@ -2,13 +2,12 @@
 
 import resource
 import subprocess
-import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, make_run, model_folder, tokenizer, train_here
@@ -16,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_core import devices, merging
 from qlora_core.errors import RunError
-from qlora_core.queue import worker_environment
 from qlora_core.runs import Run
 from qlora_core.worker import loading, merged_weights
+from qlora_core.worker import merging as worker
 from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.merging import computed_in, merge_onto
 from qlora_core.worker.quantising import dequantize
@@ -96,17 +95,6 @@ def test_files_that_are_computed_from_several_weights_are_whole_too(
 
 # -- a model of several shards
 
-MERGE_IN_SHARDS = """
-import sys
-from pathlib import Path
-from qlora_core.runs import Run
-from qlora_core.settings import Settings
-from qlora_core.worker import hardware, merging
-merging.SHARD_BYTES = int(sys.argv[3])
-merging.merge_onto(Run(Path(sys.argv[1]), Settings.from_environment()), sys.argv[2])
-print(hardware.MemoryMeter(merging.CPU).host())
-"""
-
 
 @pytest.fixture(scope="module")
 def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -129,19 +117,23 @@ def weight_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])
-def test_a_merge_holds_one_file_at_a_time(wide_run: Run, onto: str) -> None:
-    """Written as one file it needs the memory of the whole model more than written as eight. Seen: by half of the weights;
-    of a model of 1 GiB, on which the process weighs less, by 1.0."""
-    weights, peaks = weight_bytes(wide_run.base_model().folder), {}
-    for files in (1, 8):
-        done = subprocess.run(
-            [sys.executable, "-c", MERGE_IN_SHARDS, str(wide_run.path), onto, str(2 * weights // files)],
-            env=worker_environment(wide_run.settings, device="cpu"), capture_output=True, text=True, check=True, cwd=ROOT,
-        )  # fmt: skip
-        peaks[files] = int(done.stdout)
-    assert len(list((wide_run.path / f"merged-{onto}").glob("*.safetensors"))) > 3
-    assert weight_bytes(wide_run.path / f"merged-{onto}") == pytest.approx(weights, rel=0.01)
-    assert peaks[8] < peaks[1] - 0.3 * weights
+def test_a_merge_holds_one_file_at_a_time(wide_run: Run, onto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights that it has made, no more are in memory than one file holds, and the one that is being made."""
+    weights = weight_bytes(wide_run.base_model().folder)
+    held, most, make = [], [], merged_weights.Unmade.contiguous
+
+    def watched(self: merged_weights.Unmade) -> torch.Tensor:
+        tensor = make(self)
+        held.append(weakref.ref(tensor))
+        most.append(sum(alive.nbytes for reference in held if (alive := reference()) is not None))
+        return tensor
+
+    monkeypatch.setattr(merged_weights.Unmade, "contiguous", watched)
+    monkeypatch.setattr(worker, "SHARD_BYTES", weights // 8)
+    folder = merge_onto(wide_run, onto)
+    assert len(held) == 8 * 7 and len(list(folder.glob("*.safetensors"))) >= 8
+    assert weight_bytes(folder) == pytest.approx(weights, rel=0.01)
+    assert max(most) < weights // 8 + 8 * 1024**2
 
 
 def test_the_peak_is_measured_and_was_estimated_before(wide_run: Run) -> None:
