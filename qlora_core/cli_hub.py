@@ -102,7 +102,7 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
         if not options.json:
             raise
         print(error, file=sys.stderr)
-        result = _shown(error.agreement)
+        result = _shown(error.agreement) | {"changed": error.changed}
         reporter.end(jobs.DONE, result=result)
         print_json(result)
         return 2
@@ -189,7 +189,7 @@ def _parts_of_run(run: Run, options: argparse.Namespace, report: jobs.Reporter) 
             force=options.force,
             onto=options.onto if one == "merged" else None,
         )
-        parts.append(publishing.model_part(run, publishing.prepare(run, name, how, token=token, report=report)))
+        parts.append(publishing.model_part(run, *publishing.prepare(run, name, how, token=token, report=report)))
     return parts
 
 

@@ -21,7 +21,7 @@ from hub_server import Hub, hub
 
 from qlora_core.data.hub_source import HubDataset
 from qlora_core.errors import DatasetError, HubError
-from qlora_core.hub import Account, PushPlan, dataset_versions, full_name, plan_dataset, push_dataset
+from qlora_core.hub import Account, PushPlan, dataset_push, full_name, versions
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -414,14 +414,15 @@ PUSHED = {
 
 
 def plan(served: Hub, folder: Path, repo_id: str = "prepared", *, token: str = ALICE, **changed: Any) -> PushPlan:
-    return plan_dataset(folder, repo_id, token=token, endpoint=served.url, **changed)
+    return dataset_push(folder, repo_id, token=token, endpoint=served.url, **changed).plan()
 
 
 def push(served: Hub, folder: Path, repo_id: str = "prepared", *, token: str = ALICE, **changed: Any) -> Any:
     """As a person does: what would change is looked at, then agreed to."""
     shown = plan(served, folder, repo_id, token=token, private=changed.get("private", True))
-    asked = {"commit_message": "Push", "agreed": shown.digest} | changed
-    return push_dataset(folder, repo_id, token=token, endpoint=served.url, **asked)
+    asked = {"message": "Push", "agreed": shown.digest} | changed
+    agreed = asked.pop("agreed")
+    return dataset_push(folder, repo_id, token=token, endpoint=served.url, **asked).run(agreed)
 
 
 def test_push_makes_a_private_repository_in_one_commit_that_the_library_loads(
@@ -432,7 +433,7 @@ def test_push_makes_a_private_repository_in_one_commit_that_the_library_loads(
     repo = served.repo("alice/prepared")
     assert repo.private and set(repo.head.files) == PUSHED
     assert [commit.title for commit in repo.commits] == ["initial commit", "Push"]
-    assert (pushed.commit, pushed.files, pushed.changed) == (repo.head.oid, 6, True)
+    assert (pushed.commit, len(pushed.files), pushed.changed) == (repo.head.oid, 6, True)
     assert pushed.url == f"{served.url}/datasets/alice/prepared"
     assert served.read(repo, "lineage.json") == LINEAGE.encode()
     assert repo.refs["refs/tags/v3"] == repo.head.oid and pushed.version == "v3"
@@ -446,7 +447,7 @@ def test_push_makes_a_private_repository_in_one_commit_that_the_library_loads(
 
 def test_pushing_again_without_a_change_makes_no_commit(served: Hub, prepared: Path) -> None:
     first, again = push(served, prepared), push(served, prepared, "alice/prepared")
-    assert (again.changed, again.commit, again.files) == (False, first.commit, 6)
+    assert (again.changed, again.commit, len(again.files)) == (False, first.commit, 6)
     assert len(served.repo("alice/prepared").commits) == 2
 
 
@@ -500,7 +501,7 @@ def test_each_version_is_kept_under_its_number_and_can_be_read_again(served: Hub
     assert push(served, prepared).version == "v3.1", "two contents are not one version"
     (prepared / "lineage.json").write_text(json.dumps({"version": 12, "fingerprint": "f2"}))
     push(served, prepared)
-    listed = dataset_versions("alice/prepared", ALICE, endpoint=served.url)
+    listed = versions("alice/prepared", ALICE, kind="dataset", endpoint=served.url)
     assert [(v.version, v.release and v.release.dataset_fingerprint, v.current) for v in listed] == [
         ("v12", "f2", True),
         ("v3.1", "f1", False),

@@ -16,7 +16,7 @@ from hub_lfs import NO_SPACE
 from hub_server import CUT, HOLD, Hub, hub
 
 from qlora_core.errors import HubError
-from qlora_core.hub import PushedModel, Release, plan_push, push_model
+from qlora_core.hub import Pushed, Release, model_push
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -24,15 +24,16 @@ MARK = "hf_SECRETMARKER"
 ALICE = f"{MARK}alice"
 WEIGHTS = "adapter_model.safetensors"
 CARD = {"README.md": b"---\nlicense: mit\n---\n# A card\n"}
-# A push as `push_model` does it, in a process that can be killed; the token comes through a pipe.
+# A push as `model_push` does it, in a process that can be killed; the token comes through a pipe.
 CHILD = """
 import sys
 from pathlib import Path
-from qlora_core.hub import Release, plan_push, push_model
+from qlora_core.hub import Release, model_push
 
 folder, url = Path(sys.argv[1]), sys.argv[2]
 asked = {"token": sys.stdin.read(), "endpoint": url, "release": Release("adapter"), "files": %r}
-push_model(folder, "mine", **asked, agreed=plan_push(folder, "mine", **asked).digest)
+push = model_push(folder, "mine", **asked)
+push.run(push.plan().digest)
 """
 
 
@@ -68,9 +69,10 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def push(served: Hub, folder: Path, token: str = ALICE) -> PushedModel:
+def push(served: Hub, folder: Path, token: str = ALICE) -> Pushed:
     asked: dict[str, Any] = {"token": token, "endpoint": served.url, "release": Release("adapter"), "files": CARD}
-    return push_model(folder, "mine", **asked, agreed=plan_push(folder, "mine", **asked).digest)
+    wanted = model_push(folder, "mine", **asked)
+    return wanted.run(wanted.plan().digest)
 
 
 def changed(folder: Path, size: int = 3500) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from hub_server import Hub, hub
 
 from qlora_core.errors import HubError
-from qlora_core.hub import PushedModel, PushPlan, Release, plan_push, push_model, rollback, versions
+from qlora_core.hub import Pushed, PushPlan, Release, model_push, rollback, versions
 from qlora_core.hub.arrived import download
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
@@ -69,14 +69,13 @@ def asked(served: Hub, changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> PushPlan:
-    return plan_push(folder, repo_id, **asked(served, changed))
+    return model_push(folder, repo_id, **asked(served, changed)).plan()
 
 
-def push(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> PushedModel:
+def push(served: Hub, folder: Path, repo_id: str = "mine", **changed: Any) -> Pushed:
     """As a person does: what would change is looked at, then agreed to."""
-    return push_model(
-        folder, repo_id, **asked(served, changed), agreed=plan_push(folder, repo_id, **asked(served, changed)).digest
-    )
+    wanted = model_push(folder, repo_id, **asked(served, changed))
+    return wanted.run(wanted.plan().digest)
 
 
 def weights(folder: Path, text: str) -> Path:
@@ -136,11 +135,11 @@ def test_an_existing_repository_changes_only_as_was_shown(served: Hub, adapter: 
     assert planned.changes == ("adapter_model.safetensors", "release.json") and planned.adds == ()
     assert planned.removes == ("chat_template.jinja",) and "notes.txt" in planned.keeps and planned.foreign == ()
     with pytest.raises(HubError, match="is there already; look at what") as found:
-        push_model(adapter, "mine", **asked(served, {}))
+        model_push(adapter, "mine", **asked(served, {})).run()
     assert "removes chat_template.jinja" in str(found.value)
     with pytest.raises(HubError, match="has changed since its changes were shown"):
-        push_model(weights(adapter, "weights, first"), "mine", **asked(served, {}), agreed=planned.digest)
-    pushed = push_model(weights(adapter, "second"), "mine", **asked(served, {}), agreed=planned.digest)
+        model_push(weights(adapter, "weights, first"), "mine", **asked(served, {})).run(planned.digest)
+    pushed = model_push(weights(adapter, "second"), "mine", **asked(served, {})).run(planned.digest)
     assert pushed.version == "v2" and set(repo.head.files) == SENT - {"chat_template.jinja"} | {
         ".gitattributes",
         "notes.txt",

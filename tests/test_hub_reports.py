@@ -16,15 +16,7 @@ from study_builders import analysed, ladder, study, study_run
 from test_hub_datasets import client
 
 from qlora_core.errors import HubError
-from qlora_core.hub import (
-    PushedDataset,
-    PushPlan,
-    dataset_versions,
-    plan_report,
-    push_dataset,
-    push_report,
-    report_push,
-)
+from qlora_core.hub import Pushed, PushPlan, dataset_push, report_push, versions
 from qlora_core.model_card import validate
 from qlora_core.report import report_files, write_report
 from qlora_core.report.readme import ROWS_AT_ONCE, loads_as_one_table, readme
@@ -70,10 +62,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(served: Hub, source: Any, repo_id: str = "study", **changed: Any) -> PushPlan:
-    return plan_report(source, repo_id, **{"token": ALICE, "endpoint": served.url} | changed)
+    return report_push(source, repo_id, **{"token": ALICE, "endpoint": served.url} | changed).plan()
 
 
-def push(served: Hub, source: Any, repo_id: str = "study", **changed: Any) -> PushedDataset:
+def push(served: Hub, source: Any, repo_id: str = "study", **changed: Any) -> Pushed:
     """As a person does: what would change is looked at, then agreed to."""
     asked = report_push(source, repo_id, **{"token": ALICE, "endpoint": served.url} | changed)
     return asked.run(asked.plan().digest)
@@ -103,7 +95,7 @@ def test_a_report_becomes_a_private_dataset_in_one_commit_whose_tables_the_libra
     assert repo.private and set(repo.head.files) == sent | {".gitattributes", "release.json"}
     assert [commit.title for commit in repo.commits] == ["initial commit", "v1: report"]
     assert repo.refs["refs/tags/v1"] == pushed.commit == repo.head.oid
-    assert (pushed.url, pushed.version, pushed.files) == (f"{served.url}/datasets/alice/study", "v1", len(sent))
+    assert (pushed.url, pushed.version, len(pushed.files)) == (f"{served.url}/datasets/alice/study", "v1", len(sent))
     record = json.loads(served.read(repo, "release.json"))
     best = min(run.eval_loss for run in found.runs if run.eval_loss is not None)
     assert (record["run_id"], record["metrics"]) == (found.study_id, {"lowest_eval_loss": best})
@@ -146,14 +138,14 @@ def test_a_report_there_changes_only_as_was_shown_and_what_it_no_longer_has_goes
     assert set(shown.removes) == {f"{n}.csv" for n in ("similarity", "updates", "quantisation", "models", "behaviour")}
     assert "notes.txt" in shown.keeps and shown.sentences()[0] == "alice/study: becomes v2 in place of v1"
     with pytest.raises(HubError, match="is there already; look at what this push would change"):
-        push_report(changed, "study", token=ALICE, endpoint=served.url)
+        report_push(changed, "study", token=ALICE, endpoint=served.url).run()
     with pytest.raises(HubError, match="has changed since its changes were shown"):
-        push_report(results(name="third"), "study", token=ALICE, endpoint=served.url, agreed="0" * 12)
+        report_push(results(name="third"), "study", token=ALICE, endpoint=served.url).run("0" * 12)
     assert len(repo.commits) == 3
-    pushed = push_report(changed, "study", token=ALICE, endpoint=served.url, agreed=shown.digest)
+    pushed = report_push(changed, "study", token=ALICE, endpoint=served.url).run(shown.digest)
     assert pushed.version == "v2" and "similarity.csv" not in repo.head.files
     assert served.read(repo, "notes.txt") == b"mine"
-    listed = dataset_versions("alice/study", ALICE, endpoint=served.url)
+    listed = versions("alice/study", ALICE, kind="dataset", endpoint=served.url)
     assert [(version.version, version.current) for version in listed] == [("v2", True), ("v1", False)]
 
 
@@ -250,12 +242,12 @@ def test_a_report_and_a_dataset_never_share_a_repository(served: Hub, written: P
     (tmp_path / "set" / "data").mkdir(parents=True)
     (tmp_path / "set" / "data" / "train.parquet").write_bytes(b"PAR1")
     (tmp_path / "set" / "lineage.json").write_text('{"version": 1}')
-    push_dataset(tmp_path / "set", "rows", token=ALICE, endpoint=served.url)
+    dataset_push(tmp_path / "set", "rows", token=ALICE, endpoint=served.url).run()
     with pytest.raises(HubError, match="holds a dataset, so a report of a study cannot be put into it"):
         push(served, written, "rows")
     push(served, written)
     with pytest.raises(HubError, match="holds a report of a study, so a dataset cannot be put into it"):
-        push_dataset(tmp_path / "set", "study", token=ALICE, endpoint=served.url)
+        dataset_push(tmp_path / "set", "study", token=ALICE, endpoint=served.url).run()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Hub: who may write where, pushes of datasets and models, their versions, a check of what arrived. Imports no torch.
+"""The Hub: who may write where, pushes of models, datasets and reports, their versions, a check of what arrived. Imports no torch.
 
 A Hub error becomes a sentence here (`reason`), whoever meets it. A token is passed on to the Hub and goes nowhere else.
 """
@@ -6,27 +6,27 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 from qlora_core.hub.access import Account, account, full_name, machine_token
 from qlora_core.hub.acting import acting_as, acting_token
 from qlora_core.hub.collections import CollectionItem, check_collection, push_collection
-from qlora_core.hub.dataset_push import DatasetPush, PushedDataset, dataset_versions
-from qlora_core.hub.datasets import dataset_push, plan_dataset, push_dataset
+from qlora_core.hub.datasets import dataset_push
 from qlora_core.hub.faults import hub_errors, reason
 from qlora_core.hub.files import RepoType
-from qlora_core.hub.models import PushedModel, plan_push, push_model
+from qlora_core.hub.models import model_push
 from qlora_core.hub.plans import PushPlan
 from qlora_core.hub.probe import Also, Probe, probe
-from qlora_core.hub.releases import Release, RolledBack, Version, rollback, versions
-from qlora_core.hub.reports import plan_report, push_report, report_push
+from qlora_core.hub.push import Push, Pushed
+from qlora_core.hub.releases import Release
+from qlora_core.hub.reports import report_push
+from qlora_core.hub.versions import RolledBack, Version, rollback, versions
 
 __all__ = [
     "Account",
     "Also",
-    "Probe",
-    "RepoType",
     "CollectionItem",
-    "DatasetPush",
+    "Probe",
+    "Push",
     "PushPlan",
-    "PushedDataset",
-    "PushedModel",
+    "Pushed",
     "Release",
+    "RepoType",
     "RolledBack",
     "Version",
     "account",
@@ -34,18 +34,12 @@ __all__ = [
     "acting_token",
     "check_collection",
     "dataset_push",
-    "dataset_versions",
     "full_name",
     "hub_errors",
     "machine_token",
-    "plan_dataset",
-    "plan_push",
-    "plan_report",
+    "model_push",
     "probe",
     "push_collection",
-    "push_dataset",
-    "push_model",
-    "push_report",
     "reason",
     "report_push",
     "rollback",

@@ -5,10 +5,10 @@ from pathlib import Path
 from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import sha256
-from qlora_core.hub.models import PushedModel
+from qlora_core.hub.push import Pushed
 
 
-def download(pushed: PushedModel, cache: Path, *, token: str, endpoint: str | None = None) -> Path:
+def download(pushed: Pushed, cache: Path, *, token: str, endpoint: str | None = None) -> Path:
     """The folder below the empty `cache` that the commit came into. Raises HubError naming every file that is not as sent."""
     from huggingface_hub import snapshot_download
 

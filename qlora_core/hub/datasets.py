@@ -6,43 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.errors import HubError
-from qlora_core.hub.dataset_push import DatasetPush, PushedDataset
 from qlora_core.hub.files import Content, chosen
-from qlora_core.hub.plans import PushPlan
+from qlora_core.hub.push import Push
 from qlora_core.hub.releases import Release
 
 # What of a prepared dataset's folder may leave the machine; the rest stays.
 DATASET_FILES = ("README.md", "lineage.json", "changes.csv", "data/*.parquet")
 LINEAGE = "lineage.json"
-
-
-def push_dataset(
-    folder: Path,
-    repo_id: str,
-    *,
-    token: str,
-    private: bool = True,
-    endpoint: str | None = None,
-    commit_message: str = "",
-    report: Callable[[str], None] | None = None,
-    agreed: str | None = None,
-    force: bool = False,
-) -> PushedDataset:
-    """Put a prepared dataset into a dataset repository in one commit, tag it with its version, and check what arrived.
-
-    The repository is created where it is not there; one that holds something is changed only as `agreed`, the digest of what
-    `plan_dataset` gave. Other files there stay as they are, except those of an earlier push that the dataset no longer has.
-    Raises HubError, and then no commit was made or it says which.
-    """
-    push = dataset_push(
-        folder, repo_id, token=token, private=private, endpoint=endpoint, message=commit_message, report=report, force=force
-    )  # fmt: skip
-    return push.run(agreed)
-
-
-def plan_dataset(folder: Path, repo_id: str, *, token: str, private: bool = True, **asked: Any) -> PushPlan:
-    """What `push_dataset` of the same would change. Raises HubError."""
-    return dataset_push(folder, repo_id, token=token, private=private, **asked).plan()
 
 
 def dataset_push(
@@ -52,12 +22,12 @@ def dataset_push(
     token: str,
     report: Callable[[str], None] | None = None,
     **asked: Any,
-) -> DatasetPush:
-    """The push, to be planned and run; see DatasetPush for what may be `asked`. Raises HubError where that is no dataset."""
+) -> Push:
+    """The push, to be planned and run; see Push for what may be `asked`. Raises HubError where that is no dataset."""
     files: dict[str, Content] = {**chosen(folder, DATASET_FILES)}
     if not any(path.startswith("data/") for path in files):
         raise HubError(f"{str(folder)!r}: has no data/*.parquet; prepare the dataset first")
-    return DatasetPush(repo_id, token, _release(folder), files, report=report or (lambda _: None), **asked)
+    return Push(repo_id, "dataset", token, _release(folder), files, report=report or (lambda _: None), **asked)
 
 
 def _release(folder: Path) -> Release:

@@ -14,6 +14,7 @@ from qlora_core.hub import scopes
 from qlora_core.hub.access import FINE_GRAINED, KINDS, OAUTH, TOKENS_PAGE, Account, account, full_name
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import RepoType
+from qlora_core.hub.repos import public_already
 from qlora_core.hub.scopes import COLLECTS, DISCUSSES
 from qlora_core.wording import size
 
@@ -167,10 +168,7 @@ class _Look:
     def _there(self, what: str, name: str, private: bool | None) -> bool | None:
         """Whether this token may write there; None where the Hub does not tell."""
         if self.private and private is False:
-            self.problems.append(
-                f"{what}: is there already and is public, so what is pushed would be too; choose another name, make it "
-                "private on its settings page, or push it as public"
-            )
+            self.problems.append(public_already(what))
         if "pull request" in self.also:
             missing = self._missing(DISCUSSES, "discussion.write")
             if missing:

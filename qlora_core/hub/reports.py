@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.errors import HubError
 from qlora_core.hub.access import account, full_name
-from qlora_core.hub.dataset_push import DatasetPush, PushedDataset
 from qlora_core.hub.files import chosen
-from qlora_core.hub.plans import PushPlan
+from qlora_core.hub.push import Push
 from qlora_core.hub.releases import Release
 
 if TYPE_CHECKING:
@@ -18,41 +17,6 @@ if TYPE_CHECKING:
 PAGE, STUDY, CARD = "report.html", "study.json", "README.md"
 # Of a folder; tables are added by name, and of configs those of the study's own runs.
 REPORT_FILES = (PAGE, STUDY, "study.yaml", "configs/*.yaml")
-
-
-def push_report(
-    results_or_folder: "StudyResults | Path | str",
-    repo_id: str,
-    *,
-    token: str,
-    private: bool = True,
-    endpoint: str | None = None,
-    rows: bool = False,
-    licence: str | None = None,
-    report: Callable[[str], None] | None = None,
-    agreed: str | None = None,
-    force: bool = False,
-    commit_message: str = "",
-) -> PushedDataset:
-    """Put a study's report into a dataset repository in one commit, tag it with a version, and check what arrived.
-
-    The report is made from the results, or is what `write_report` has put into a folder. `rows`: whether prompts, references and
-    answers of held-out rows go with it, which their licence may forbid; `licence`: the report's own. A repository that holds a
-    report is changed only as `agreed`, the digest of what `plan_report` gave; one that holds something else is refused. Raises
-    HubError, and then no commit was made or it says which.
-    """
-    push = report_push(
-        results_or_folder, repo_id, token=token, private=private, endpoint=endpoint, rows=rows, licence=licence,
-        report=report, force=force, message=commit_message,
-    )  # fmt: skip
-    return push.run(agreed)
-
-
-def plan_report(
-    results_or_folder: "StudyResults | Path | str", repo_id: str, *, token: str, private: bool = True, **asked: Any
-) -> PushPlan:
-    """What `push_report` of the same would change. Raises HubError."""
-    return report_push(results_or_folder, repo_id, token=token, private=private, **asked).plan()
 
 
 def report_push(
@@ -65,8 +29,8 @@ def report_push(
     licence: str | None = None,
     report: Callable[[str], None] | None = None,
     **asked: Any,
-) -> DatasetPush:
-    """The push, to be planned and run; see DatasetPush for what may be `asked`. Raises HubError."""
+) -> Push:
+    """The push, to be planned and run; see Push for what may be `asked`. Raises HubError."""
     from qlora_core.report.readme import readme  # plotly, which only a report needs, is slow to import
 
     repo_id = full_name(
@@ -84,8 +48,8 @@ def report_push(
         raise HubError(
             f"{STUDY}: is none that a report of a study brings ({type(error).__name__}: {error}); write the report again"
         ) from None
-    return DatasetPush(
-        repo_id, token, release, files, endpoint=endpoint, report=report or (lambda _: None), **asked
+    return Push(
+        repo_id, "dataset", token, release, files, endpoint=endpoint, report=report or (lambda _: None), **asked
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ class NotAgreed(HubError):
     """Nothing was sent, because nobody has agreed to what would change, or it is another change by now."""
 
     def __init__(self, agreement: Agreement, *, changed: bool) -> None:
-        self.agreement = agreement
+        self.agreement, self.changed = agreement, changed
         why = "this push would change something else than what was agreed to" if changed else "this needs a look first"
         lines = [
             why,

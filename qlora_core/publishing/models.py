@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_core import hub
 from qlora_core.drift import for_card, read_drift
 from qlora_core.errors import RunError
 from qlora_core.hub.access import account, full_name
-from qlora_core.hub.models import ModelPush
 from qlora_core.merging import merge, ways
 from qlora_core.model_card import Card, model_card
 from qlora_core.publishing.proof import prove
@@ -42,8 +42,8 @@ def prepare(
     token: str,
     endpoint: str | None = None,
     report: Callable[[str], None] = lambda _: None,
-) -> ModelPush:
-    """The push, whose `plan()` tells what it would change. Merges first where the merged model is pushed and is not there.
+) -> tuple[Path, hub.Push]:
+    """The folder and its push, whose `plan()` tells what it would change. Merges first where that is not there.
 
     Raises HubError before that merge where the token or the name would not do, RunError for a run without an adapter.
     """
@@ -55,12 +55,12 @@ def prepare(
     name = full_name(repo_id, account(token, endpoint=endpoint))
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
     card = card_of(run, name, how)
-    return ModelPush(
+    return folder, hub.model_push(
         folder,
         name,
-        token,
-        release_of(run, result, how),
-        {"README.md": card.text.encode(), **card.images},
+        token=token,
+        release=release_of(run, result, how),
+        files={"README.md": card.text.encode(), **card.images},
         private=how.private,
         revision=how.revision,
         pull_request=how.pull_request,
@@ -119,7 +119,7 @@ def release_of(run: Run, result: dict[str, Any], how: Publication) -> hub.Releas
     )
 
 
-def publish(run: Run, push: ModelPush, agreed: str) -> dict[str, Any]:
+def publish(run: Run, folder: Path, push: hub.Push, agreed: str) -> dict[str, Any]:
     """Push, download into an empty cache, load both and compare; the record joins published.json.
 
     `agreed` is the digest of the plan that a person has agreed to. Raises HubError, RunError.
@@ -134,6 +134,6 @@ def publish(run: Run, push: ModelPush, agreed: str) -> dict[str, Any]:
                 return {**entry, "changed": False}
         entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
         record(run.path, entry)  # it is on the Hub: a kill in the proof must not hide that
-        entry = {**entry, "proof": prove(run, push, pushed)}
+        entry = {**entry, "proof": prove(run, push, folder, pushed)}
         record(run.path, entry)
     return entry

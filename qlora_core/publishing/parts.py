@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_core import hub
 from qlora_core.data.locate import LINEAGE
 from qlora_core.errors import RunError
-from qlora_core.hub.models import ModelPush
 from qlora_core.model_card import licence_problems, licence_warning
 from qlora_core.publishing.models import publish
 from qlora_core.publishing.record import published, record
@@ -22,14 +21,13 @@ from qlora_core.study import Study
 class Part:
     """`publish` takes the digest of the plan that was agreed to, and returns the record of what is there then."""
 
-    kind: Literal["model", "dataset"]
-    push: ModelPush | hub.DatasetPush
+    push: hub.Push
     warning: str | None
     publish: Callable[[str], dict[str, Any]]
 
 
-def model_part(run: Run, push: ModelPush) -> Part:
-    return Part("model", push, licence_warning(run), lambda agreed: publish(run, push, agreed))
+def model_part(run: Run, folder: Path, push: hub.Push) -> Part:
+    return Part(push, licence_warning(run), lambda agreed: publish(run, folder, push, agreed))
 
 
 def dataset_part(folder: Path, repo_id: str, *, private: bool, run: Run | None = None, **asked: Any) -> Part:
@@ -37,13 +35,13 @@ def dataset_part(folder: Path, repo_id: str, *, private: bool, run: Run | None =
     licence = json.loads((folder / LINEAGE).read_text()).get("license") or None
     warning = " ".join(licence_problems([licence])) if not private else None
     push = hub.dataset_push(folder, repo_id, private=private, **asked)
-    return Part("dataset", push, warning or None, lambda agreed: _sent(push, agreed, "dataset", run and run.path))
+    return Part(push, warning or None, lambda agreed: _sent(push, agreed, "dataset", run and run.path))
 
 
 def report_part(study: Study, repo_id: str, **asked: Any) -> Part:
     """A study's report. Raises HubError where nothing of the study has finished."""
     push = hub.report_push(study.results(), repo_id, **asked)
-    return Part("dataset", push, None, lambda agreed: _sent(push, agreed, "report", study.path))
+    return Part(push, None, lambda agreed: _sent(push, agreed, "report", study.path))
 
 
 def dataset_of(run: Run) -> Path:
@@ -57,7 +55,7 @@ def dataset_of(run: Run) -> Path:
     return folder
 
 
-def _sent(push: hub.DatasetPush, agreed: str, what: str, keeper: Path | None) -> dict[str, Any]:
+def _sent(push: hub.Push, agreed: str, what: str, keeper: Path | None) -> dict[str, Any]:
     entry = {**asdict(push.run(agreed)), "what": what, "at": time.time()}
     if keeper and entry not in published(keeper):
         record(keeper, entry)

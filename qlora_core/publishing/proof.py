@@ -11,7 +11,6 @@ from typing import Any
 from qlora_core import devices, hub
 from qlora_core.errors import HubError
 from qlora_core.hub.arrived import download
-from qlora_core.hub.models import ModelPush
 from qlora_core.queue import worker_environment
 from qlora_core.runs import Run
 
@@ -19,17 +18,17 @@ from qlora_core.runs import Run
 NEEDED = {"float32": 2.2, "auto": 1.2}
 
 
-def prove(run: Run, push: ModelPush, pushed: hub.PushedModel) -> dict[str, Any]:
-    """Whether what is on the Hub is what is here: `state` "proven", "differs", or "failed" with its `reason`."""
+def prove(run: Run, push: hub.Push, folder: Path, pushed: hub.Pushed) -> dict[str, Any]:
+    """Whether what is on the Hub is what the folder holds: `state` "proven", "differs", or "failed" with its `reason`."""
     sent = sum(
-        len(content) if isinstance(content, bytes) else content.stat().st_size for content in push.contents().values()
+        len(content) if isinstance(content, bytes) else content.stat().st_size for content in push.files.values()
     )
     free = devices.free_disk_bytes(run.path)
     if free < sent:
         return _failed(
             f"downloading it again needs {_gib(sent)} of disk, {_gib(free)} are free; free some, then push again"
         )
-    loaded = push.folder if push.release.what == "merged" else run.base_model().folder
+    loaded = folder if push.release.what == "merged" else run.base_model().folder
     weights = sum(path.stat().st_size for path in loaded.glob("*.safetensors"))
     available = devices.host_memory().available_bytes
     dtype = next((name for name, share in NEEDED.items() if weights * share <= available), None)
@@ -48,7 +47,7 @@ def prove(run: Run, push: ModelPush, pushed: hub.PushedModel) -> dict[str, Any]:
             return _failed(str(error))
         done = subprocess.run(
             [sys.executable, "-m", "qlora_core.worker.proving", str(run.path), push.release.what, str(downloaded),
-             str(push.folder), dtype],
+             str(folder), dtype],
             env=worker_environment(run.settings, device="cpu"), capture_output=True, text=True, cwd=run.path,
         )  # fmt: skip
     if done.returncode:

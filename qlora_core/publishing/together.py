@@ -43,8 +43,9 @@ class Together:
             sentences.append(f"collection {self.collection!r}: holds {'all of them' if len(self.parts) > 1 else 'it'}")
         warnings = tuple(dict.fromkeys(part.warning for part in self.parts if part.warning))
         digest = hashlib.sha256(" ".join([plan.digest for plan in self.plans] + [self.collection]).encode()).hexdigest()
-        changes = any(plan.changes_anything and not plan.creates for plan in self.plans)
-        return Agreement(tuple(sentences), warnings, digest, changes or bool(warnings))
+        changes = any(plan.touches_others for plan in self.plans)
+        sends = any(plan.changes_anything for plan in self.plans)
+        return Agreement(tuple(sentences), warnings, digest, changes or (sends and bool(warnings)))
 
     def publish(self, agreed: str | None) -> dict[str, Any]:
         """{"pushed": a record each, "collection": its URL}. Raises NotAgreed before anything is sent, LabError naming what is on
@@ -64,7 +65,7 @@ class Together:
 
     def _collected(self, done: list[dict[str, Any]]) -> str:
         items = [
-            hub.CollectionItem(entry["repo_id"], part.kind, f"{entry['what']}, {entry['version']}")
+            hub.CollectionItem(entry["repo_id"], part.push.kind, f"{entry['what']}, {entry['version']}")
             for entry, part in zip(done, self.parts, strict=True)
         ]
         token, endpoint = self.parts[0].push.token, self.parts[0].push.endpoint

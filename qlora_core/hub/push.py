@@ -1,0 +1,187 @@
+"""Files to a repository: looked at first, in one commit, tagged as a version, compared with what arrived."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from qlora_core.errors import HubError
+from qlora_core.hub.faults import hub_errors
+from qlora_core.hub.files import Content, RepoType, compare, git_oid, sha256
+from qlora_core.hub.plans import PushPlan, plan
+from qlora_core.hub.releases import RECORD, Release, check_version, gate
+from qlora_core.hub.repos import Remote, url_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+
+STALE = 412
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it is now. `changed` is False where the repository held exactly these files before; `files` by path -> SHA-256, without the record;
+    `pull_request` is the URL of the one that was opened, which has no tag until it is merged."""
+
+    url: str
+    repo_id: str
+    commit: str
+    version: str
+    changed: bool
+    files: dict[str, str]
+    pull_request: str | None = None
+
+
+@dataclass(frozen=True)
+class Push:
+    """One push, as it was asked for; `plan` tells what it would change, `run` does it.
+
+    `release.what` is adapter, merged, dataset or report; its version is the tag that is wanted, "" for the next number. `force`
+    goes over a much better version, and over what others have changed there. `files` are all but the record.
+    """
+
+    repo_id: str
+    kind: RepoType
+    token: str = field(repr=False)
+    release: Release
+    files: Mapping[str, Content]
+    private: bool = True
+    revision: str | None = None
+    pull_request: bool = False
+    force: bool = False
+    message: str = ""
+    endpoint: str | None = None
+    report: Callable[[str], None] = lambda _: None
+
+    @property
+    def api(self) -> "HfApi":
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, token=self.token)
+
+    def plan(self) -> PushPlan:
+        """Raises HubError where this cannot be pushed, whatever a person agrees to."""
+        return self._planned()[0]
+
+    def run(self, agreed: str | None = None) -> Pushed:
+        """Raises HubError, and then no commit was made or it says which. A repository that holds something is changed only as
+        `agreed`, the digest of the plan that somebody was shown."""
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # `report` says what happens; bars would fill the log of a page or of a script
+        planned, remote = self._planned()
+        if not planned.changes_anything:
+            return self._unchanged(planned, remote)
+        self._may(planned, remote, agreed)
+        info, planned, adds = self._committed(planned, agreed)
+        compare(self.api, planned.repo_id, adds, info.oid, repo_type=self.kind, token=self.token)
+        self.report(f"Checked: commit {info.oid[:8]}")
+        if not self.pull_request:
+            self._tag(planned, info.oid)
+        return self._pushed(planned, info.oid, changed=True, pull_request=info.pr_url)
+
+    def _pushed(self, planned: PushPlan, commit: str, *, changed: bool, pull_request: str | None = None) -> Pushed:
+        hashes = {name: sha256(content) for name, content in self.files.items()}
+        url = url_of(self.api, planned.repo_id, self.kind)
+        return Pushed(url, planned.repo_id, commit, planned.version, changed, hashes, pull_request)
+
+    def _planned(self) -> tuple[PushPlan, Remote]:
+        check_version(self.release.version)
+        if self.pull_request and self.revision not in (None, "main"):
+            raise HubError("a pull request goes to the main branch; leave the revision out, or push to that branch")
+        return plan(
+            self.api,
+            self.repo_id,
+            self.kind,
+            self.files,
+            self.release,
+            token=self.token,
+            private=self.private,
+            revision=self.revision or "main",
+            pull_request=self.pull_request,
+        )
+
+    def _may(self, planned: PushPlan, remote: Remote, agreed: str | None) -> None:
+        what, problems = f"{self.kind} {planned.repo_id!r}", []
+        if planned.touches_others and agreed != planned.digest:
+            why = "has changed since its changes were shown" if agreed else "is there already"
+            problems.append(f"{what}: {why}; look at what this push would change, then push again:")
+            raise HubError("\n".join([*problems, *planned.sentences()]))
+        if self.force:
+            return
+        if planned.foreign:
+            problems.append(
+                f"{what}: holds {', '.join(planned.foreign)} as no push from here made them, and this one would replace them; "
+                "push it with --force to do so, or choose another name"
+            )
+        if worse := gate(what, remote.release, self.release):
+            problems.append(worse)
+        if problems:
+            raise HubError(*problems)
+
+    def _committed(
+        self, planned: PushPlan, agreed: str | None
+    ) -> "tuple[CommitInfo, PushPlan, list[CommitOperationAdd]]":
+        """A commit that came in between is looked at once; where it changes nothing of what was agreed, this goes on top."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        what = f"{self.kind} {planned.repo_id!r}"
+        with hub_errors(what, self.token):
+            if planned.creates:
+                # Not `exist_ok`: with another endpoint than the environment's, huggingface_hub 2.4.0 fails on its own answer.
+                self.report(f"Creating the {'private' if self.private else 'public'} {self.kind} {planned.repo_id}")
+                self.api.create_repo(planned.repo_id, repo_type=self.kind, private=self.private)
+        with hub_errors(f"{what}, which is new and still empty" if planned.creates else what, self.token):
+            try:
+                return self._commit(planned)
+            except HfHubHTTPError as error:
+                if error.response is None or error.response.status_code != STALE or planned.creates:
+                    raise
+            again, remote = self._planned()
+            self._may(again, remote, agreed)
+            return self._commit(again)
+
+    def _commit(self, planned: PushPlan) -> "tuple[CommitInfo, PushPlan, list[CommitOperationAdd]]":
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        api, kind = self.api, self.kind
+        branch = planned.revision if planned.revision != "main" else None
+        if branch and branch not in {ref.name for ref in api.list_repo_refs(planned.repo_id, repo_type=kind).branches}:
+            api.create_branch(planned.repo_id, branch=branch, revision=planned.parent, repo_type=kind)
+        hashes = {name: (sha256(content), git_oid(content)) for name, content in self.files.items()}
+        record = replace(self.release, version=planned.version, files=hashes)
+        adds = [
+            CommitOperationAdd(name, content) for name, content in {**self.files, RECORD: record.to_bytes()}.items()
+        ]
+        size = sum(add.upload_info.size for add in adds)
+        self.report(f"Sending {len(adds)} files, {size / 1e6:,.1f} MB")
+        info = api.create_commit(
+            planned.repo_id,
+            [*adds, *(CommitOperationDelete(name) for name in planned.removes)],
+            commit_message=self.message or f"{planned.version}: {self.release.what}",
+            repo_type=kind,
+            revision=branch,
+            create_pr=self.pull_request,
+            parent_commit=planned.parent,
+        )
+        return info, planned, adds
+
+    def _unchanged(self, planned: PushPlan, remote: Remote) -> Pushed:
+        """Also ends what an earlier push was cut off from: the tag of its commit."""
+        assert planned.parent is not None, "a repository that is made changes"
+        if planned.version not in remote.tags and not self.pull_request:
+            self._tag(planned, planned.parent)
+        self.report(f"Checked: commit {planned.parent[:8]} held exactly these files before")
+        return self._pushed(planned, planned.parent, changed=False)
+
+    def _tag(self, planned: PushPlan, commit: str) -> None:
+        what = (
+            f"{self.kind} {planned.repo_id!r}: was pushed as commit {commit[:8]}, but not tagged as {planned.version!r}"
+        )
+        with hub_errors(f"{what}; push again to tag it", self.token):
+            self.api.create_tag(
+                planned.repo_id,
+                tag=planned.version,
+                revision=commit,
+                repo_type=self.kind,
+                tag_message=self.message or None,
+            )
