@@ -1,6 +1,12 @@
 """What holds for every test."""
 
+import os
+
 import pytest
+
+# hf_xet reads these once a process, at its first upload; with its own, each fault takes it a minute and more.
+for name, value in {"MAX_ATTEMPTS": "1", "BASE_DELAY": "10ms", "MAX_DURATION": "200ms"}.items():
+    os.environ[f"HF_XET_CLIENT_RETRY_{name}"] = value
 
 
 @pytest.fixture(autouse=True)

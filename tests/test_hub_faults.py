@@ -52,12 +52,10 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def xet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uploads by Xet, which does not wait long between its attempts."""
+    """Uploads by Xet."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    for name, value in {"MAX_ATTEMPTS": "1", "BASE_DELAY": "10ms", "MAX_DURATION": "200ms"}.items():
-        monkeypatch.setenv(f"HF_XET_CLIENT_RETRY_{name}", value)
 
 
 @pytest.fixture

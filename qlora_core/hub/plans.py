@@ -96,7 +96,7 @@ def plan(
     with hub_errors(f"{kind} {repo_id!r}", token):
         remote = look(api, repo_id, kind, revision=revision, private=private)
     if remote is None:
-        _refuse_other_types(api, repo_id, kind, token)
+        _refuse_other_types(api, repo_id, kind, release, token)
         if pull_request:
             raise HubError(
                 f"{kind} {repo_id!r}: is not there yet, so there is nothing to make a pull request to; push to it"
@@ -149,13 +149,14 @@ def _version(what: str, release: Release, remote: Remote) -> str:
     return release.version
 
 
-def _refuse_other_types(api: "HfApi", repo_id: str, kind: RepoType, token: str) -> None:
+def _refuse_other_types(api: "HfApi", repo_id: str, kind: RepoType, release: Release, token: str) -> None:
     """The Hub would allow it, and whoever looks for the one would find the other first."""
+    what = kind if kind == "model" else release.what
     for other in KINDS:
         with hub_errors(f"{other} {repo_id!r}", token):
             if other != kind and api.repo_exists(repo_id, repo_type=other):
                 raise HubError(
-                    f"{kind} {repo_id!r}: there is a {other} of this name; choose another name for the {kind}"
+                    f"{kind} {repo_id!r}: there is a {other} of this name; choose another name for the {what}"
                 )
 
 

@@ -19,8 +19,8 @@ STALE = 412
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it is now. `changed` is False where the repository held exactly these files before; `files` by path -> SHA-256, without the record;
-    `pull_request` is the URL of the one that was opened, which has no tag until it is merged."""
+    """Where it is now. `changed` is False where the repository held just these files before; `files` by path -> SHA-256, without
+    the record; `pull_request` is the URL of the one that was opened, which has no tag until it is merged."""
 
     url: str
     repo_id: str

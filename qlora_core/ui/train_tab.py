@@ -22,6 +22,7 @@ from qlora_core.ui.advice import Advice, Looked
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.identity import Identity, acting
 from qlora_core.ui.preview import How
+from qlora_core.ui.probe_part import ProbePart
 from qlora_core.ui.words import METHOD_NAMES, esc, problems_panel
 
 LOOKING = "Looking at the rows and at the model’s layers …"
@@ -83,6 +84,7 @@ class TrainTab:
             )
         self.saved = gr.Textbox("", visible="hidden", label="saved settings", elem_id="saved-settings")
         self.loaded = gr.HTML("", elem_id="loaded-settings")
+        self.probe = ProbePart()
 
     def _simple(self, config: TrainConfig) -> None:
         self._add("base_model", config)
@@ -116,6 +118,7 @@ class TrainTab:
 
     def connect(self, chosen: gr.State, picked: Any, identity: Identity, hidden: dict[str, Any]) -> None:
         """Wire the form; `picked` is the trigger after which another dataset is chosen."""
+        self.probe.connect(identity, hidden)
         form_now = [chosen, *self.inputs]
         watched = [self.plan, self.command, self.problems, self.dataset, self.findings, self.memory]
         gr.on(
