@@ -90,7 +90,7 @@ def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool
 def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, part: PushPart) -> None:
     shown, name, warning, earlier, *_ = part.show(run.run_id)
     assert shown.visible and "licence of the dataset is unknown" in warning
-    assert name and "Not pushed yet" in earlier
+    assert name and "No push of this run so far" in earlier
     wanted = asked(run)
     planned = last(part.pushing.plan, None, ALICE, *wanted)
     plan, can_agree = told_at_the_end(part, planned)
@@ -146,7 +146,7 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
         assert words in told
     job, _, failed, *_ = last(part.pushing.begin, None, ALICE, *asked(run, "bob/page"))
     assert not job
-    assert "Not pushed yet" in failed and "bob" in failed
+    assert "This cannot be pushed yet" in failed and "bob" in failed
     assert part.show("nothing")[0].visible is False
 
 

@@ -32,6 +32,7 @@ class CardEditor:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.fields: dict[str, Any] = {}
+        self.open = gr.State(False)
         with gr.Accordion("Model card", open=False, elem_id="card") as self.part, gr.Row():
             with gr.Column(min_width=300):
                 for name, label, info in TEXTS:
@@ -55,6 +56,13 @@ class CardEditor:
         inputs = [*shown, *self.fields.values()]
         run.change(self.fill, run, list(self.fields.values()), **hidden)
         self.part.expand(self.show, inputs, outputs, **hidden)
+        self.part.expand(lambda: True, None, self.open, **hidden)
+        self.part.collapse(lambda: False, None, self.open, **hidden)
+        what, name, onto = shown[1:]
+        gr.on(
+            [run.change, what.input, name.blur, name.submit, onto.input],
+            self.show_again, [self.open, *inputs], outputs, trigger_mode="always_last", **hidden,
+        )  # fmt: skip
         for component in self.fields.values():
             changed = component.blur if isinstance(component, gr.Textbox) else component.input
             changed(self.keep, inputs, outputs, trigger_mode="always_last", **hidden)
@@ -74,6 +82,10 @@ class CardEditor:
         except LabError as error:
             return problems_panel(error.problems, title="Not kept"), gr.skip()
         return self.show(run_id, what, name, onto)
+
+    def show_again(self, is_open: bool, *values: Any) -> tuple[Any, Any]:
+        """Something else is pushed by now, or to elsewhere; while nobody looks, no card is made."""
+        return self.show(*values) if is_open else (gr.skip(), gr.skip())
 
     def show(self, run_id: str | None, what: list[str], name: str, onto: str, *_: str) -> tuple[str, Any]:
         try:

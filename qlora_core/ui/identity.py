@@ -25,6 +25,8 @@ from qlora_core.ui.words import clock, esc
 
 # What gradio gives in place of a token where it only pretends a sign-in.
 MOCKED = "mock-oauth-token-for-local-dev"
+WHERE = "It is done in “Hugging Face account” at the top."
+KNOWN = "data-known"
 SIGNED_IN, TYPED, MACHINE = "signed in", "token typed in", "token of this machine"
 
 
@@ -134,7 +136,12 @@ def line_html(found: Probe, how: str, *, until: float | None) -> str:
     who += f", until {clock(until)}" if until else ""
     if problems:
         return _warning(f"{who}: {problems}.")
-    return _hint(f"{who}. May write to: {', '.join(found.writable)}.")
+    return _hint(f"{who}. May write to: {', '.join(found.writable)}.", KNOWN)
+
+
+def elsewhere(line: str) -> str:
+    """The line where there is neither field nor button: with the way to them, unless it is known who acts."""
+    return line if KNOWN in line or not line else line + _hint(WHERE)
 
 
 def _sign_in(request: gr.Request | None) -> dict[str, Any] | None:
@@ -147,8 +154,8 @@ def _name(info: dict[str, Any]) -> str:
     return str((info.get("userinfo") or {}).get("preferred_username") or "this browser")
 
 
-def _hint(text: str) -> str:
-    return f'<p class="lab-hint" role="status">{esc(text)}</p>'
+def _hint(text: str, mark: str = "") -> str:
+    return f'<p class="lab-hint" role="status" {mark}>{esc(text)}</p>'
 
 
 def _warning(text: str) -> str:

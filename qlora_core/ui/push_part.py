@@ -36,9 +36,10 @@ class PushPart:
                     min_width=220,
                     elem_id="push-repo",
                 )
-                self.public = gr.Checkbox(
-                    label="Public", info="Else only you see it.", value=False, min_width=220, elem_id="push-public"
-                )
+                with gr.Column(min_width=220):  # a checkbox by itself would be squeezed beside the field
+                    self.public = gr.Checkbox(
+                        label="Public", info="Else only you see it.", value=False, elem_id="push-public"
+                    )
             self.warning = gr.HTML("", elem_id="push-warning")
             self.card = CardEditor(settings)
             with gr.Accordion("Version, branch, pull request, collection", open=False, elem_id="push-more"), gr.Row():
@@ -60,16 +61,14 @@ class PushPart:
                     min_width=220,
                     elem_id="push-collection",
                 )
-                self.pull_request = gr.Checkbox(
-                    label="As a pull request", value=False, min_width=220, elem_id="push-pull-request"
-                )
-                self.force = gr.Checkbox(
-                    label="Over a better version",
-                    info="Or over what others have changed there.",
-                    value=False,
-                    min_width=220,
-                    elem_id="push-force",
-                )
+                with gr.Column(min_width=220):
+                    self.pull_request = gr.Checkbox(label="As a pull request", value=False, elem_id="push-pull-request")
+                    self.force = gr.Checkbox(
+                        label="Over a better version",
+                        info="Or over what others have changed there.",
+                        value=False,
+                        elem_id="push-force",
+                    )
             self.pushing = Pushing(settings, "push", self.wish)
             self.earlier = gr.HTML("", elem_id="push-earlier")
             self.versions = VersionsPart()
@@ -141,7 +140,9 @@ def earlier_html(run: Run) -> str:
     """Pushes of this run that were recorded, the newest first."""
     found = publishing.published(run.path)
     if not found:
-        return empty("Not pushed yet", "What arrives is downloaded again, loaded, and compared with what is here.")
+        return empty(
+            "No push of this run so far", "What arrives is downloaded again, loaded, and compared with what is here."
+        )
     items = "".join(
         f"<li>{esc(entry['repo_id'])} {esc(entry['version'] or '')} · {esc(entry['what'])} · "
         f"{esc(entry.get('proof', {}).get('state', 'compared'))} · {clock(entry['at'])}</li>"

@@ -10,7 +10,7 @@ from qlora_core import jobs
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.hub import Also, RepoType, probe
 from qlora_core.settings import Settings
-from qlora_core.ui.identity import Identity, scope_of, secret_of
+from qlora_core.ui.identity import Identity, elsewhere, scope_of, secret_of
 from qlora_core.ui.job_view import JobView
 from qlora_core.ui.words import esc, problems_panel
 
@@ -18,6 +18,7 @@ PROVEN = "Downloaded again and loaded: the logits are equal."
 NO_TOKEN = "nobody is known to the Hub; open “Hugging Face account” at the top, and sign in or type a token"
 NO_TOKEN_FOR_CLIENT = "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"
 NO_REPOSITORY = "no repository is named; write owner/name"
+CHANGED = "It is no longer what was shown before; look again."
 ASKING = '<p class="lab-hint" role="status">Asking the Hub whether this can be pushed …</p>'
 
 
@@ -36,7 +37,8 @@ class Pushing:
 
     def __init__(self, settings: Settings, name: str, wish: Callable[..., Wish]) -> None:
         self.settings, self.wish = settings, wish
-        with gr.Row():
+        self.who = gr.HTML("", min_height=28, elem_id=f"{name}-who")
+        with gr.Row(equal_height=True):
             self.look = gr.Button("What would change", elem_id=f"{name}-plan")
             self.push = gr.Button("Push", variant="primary", elem_id=f"{name}-go")
         self.view = JobView(settings, name, ended=ended_html, failed="Not pushed")
@@ -54,6 +56,12 @@ class Pushing:
         self.view.connect(hidden)
         # Only what has ended can be agreed to; while it goes on, the button is hidden by what began it.
         self.view.told.change(self.can_agree, job, self.agree, **hidden)
+        # Not of the first, the run or study: another one brings a view of its own.
+        gr.on(
+            [component.input for component in inputs[1:]],
+            self.forget, job, self.outputs, trigger_mode="always_last", **hidden,
+        )  # fmt: skip
+        identity.line.change(elsewhere, identity.line, self.who, **hidden)
 
     def plan(self, signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield from self._start(typed, signed_in, values, ["--plan"])
@@ -72,6 +80,13 @@ class Pushing:
     def can_agree(self, job_id: str) -> gr.Button:
         progress = self.view.progress(job_id)
         return gr.Button(visible=bool(progress and progress.result.get("needed")))
+
+    def forget(self, job_id: str) -> tuple[Any, ...]:
+        """A plan is of what was asked then; with something else in the fields nobody can agree to it."""
+        progress = self.view.progress(job_id)
+        if progress and "plan" in progress.result:
+            return self.watch(None)
+        return tuple(gr.skip() for _ in self.outputs)
 
     def watch(self, job: jobs.Job | None, otherwise: str = "") -> tuple[Any, ...]:
         return *self.view.watch(job, otherwise), gr.Button(visible=False)
@@ -92,9 +107,10 @@ class Pushing:
             for name, kind in wish.repositories.items():
                 scope = scope_of(typed, signed_in)
                 found = probe(secret, name, kind=kind, private=wish.private, also=wish.also, scope=scope)
-                problems += [problem for problem in found.problems if problem not in problems]
+                told = (problem.removeprefix("account: ") for problem in found.problems)
+                problems += [problem for problem in told if problem not in problems]
         if problems:
-            yield self.watch(None, problems_panel(problems, title="Not pushed yet"))
+            yield self.watch(None, problems_panel(problems, title="This cannot be pushed yet"))
             return
         assert wish is not None, "without one there is a problem"
         yield self.watch(jobs.start([*wish.arguments, *more, "--json"], self.settings, secret=secret, again=True))
@@ -114,7 +130,8 @@ def repository(text: str | None) -> str:
 def planned_html(result: dict[str, Any]) -> str:
     items = "".join(f"<li>{esc(sentence.strip())}</li>" for sentence in result["plan"])
     warned = "".join(f'<p class="lab-warn">{esc(warning)}</p>' for warning in result["warnings"])
-    return f'<div class="lab-card"><h3>What a push would change</h3><ul>{items}</ul>{warned}</div>'
+    again = f'<p class="lab-hint">{CHANGED}</p>' if result.get("changed") else ""
+    return f'<div class="lab-card"><h3>What a push would change</h3>{again}<ul>{items}</ul>{warned}</div>'
 
 
 def pushed_html(result: dict[str, Any]) -> str:

@@ -33,8 +33,10 @@ class VersionsPart:
         listed = [self.table, self.back, self.version, self.told]
         asked = [repo, identity.token, self.version, self.force]
         self.show.click(self.list, asked[:2], listed, **hidden)
+        # Another repository has other versions; going back to one of these would ask that one for them.
+        repo.change(self.nothing, None, listed, **hidden)
         self.look.click(self.plan, asked, self.told, **hidden)
-        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:2], self.table, **hidden)
+        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:2], listed[:3], **hidden)
 
     def list(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> tuple[Any, ...]:
         try:
@@ -45,8 +47,12 @@ class VersionsPart:
         versions = gr.Dropdown(choices=names, value=next(iter(names), None))
         return versions_html(found), gr.Row(visible=bool(names)), versions, ""
 
-    def list_again(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> str:
-        return self.list(signed_in, repo, typed)[0]
+    def nothing(self) -> tuple[Any, ...]:
+        return "", gr.Row(visible=False), gr.Dropdown(choices=[], value=None), ""
+
+    def list_again(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> tuple[Any, ...]:
+        """What was told of the way back stays."""
+        return self.list(signed_in, repo, typed)[:3]
 
     def plan(self, signed_in: gr.OAuthToken | None, repo: str, typed: str, version: str | None, force: bool) -> str:
         return self._back(secret_of(typed, signed_in), repo, version, force, plan=True)
