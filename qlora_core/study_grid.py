@@ -201,6 +201,11 @@ def cells(
     """
     seeds = list(seeds) or [config.seed]
     problems = grid_problems(vary, seeds)
+    if config.early_stopping_patience is not None:
+        problems.append(
+            f"early_stopping_patience is {config.early_stopping_patience}: runs that end at other steps cannot be compared; leave "
+            "it empty for a study"
+        )
     if problems:
         raise ConfigError(*problems)
     if (combinations := math.prod(map(len, vary.values())) * len(seeds)) > MOST_COMBINATIONS:

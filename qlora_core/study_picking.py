@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qlora_core.config import TrainConfig
-from qlora_core.differences import run_differences
+from qlora_core.differences import NOT_USED, effective, run_differences
 from qlora_core.run_status import FINISHED
 from qlora_core.runs import Run
 
@@ -13,6 +13,9 @@ MUST_BE_EQUAL = {
     "evaluation rows, SHA-256": "were evaluated on other rows",
     "base revision": "have other base models",
     "base weights, SHA-256": "have other base weights",
+    # Either changes which tokens a loss is of.
+    "template": "have other templates",
+    "loss_on": "have their losses on other tokens",
 }
 SAID = (
     "device",
@@ -20,8 +23,6 @@ SAID = (
     "max_steps",
     "num_epochs",
     "rows_per_step",
-    "template",
-    "loss_on",
     "max_seq_length",
     "torch",
 )
@@ -56,7 +57,12 @@ def differences_of(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 
 def varied_of(configs: Sequence[TrainConfig]) -> list[str]:
-    """Settings in which the runs differ, method and rank first; where none does, the method."""
-    values = [config.to_json() for config in configs]
-    names = [name for name in values[0] if name not in ("name", "seed") and len({str(v[name]) for v in values}) > 1]
+    """Settings in which the runs differ, of those that count in them, method and rank first; where none does, the method."""
+
+    def differ(name: str) -> bool:
+        given = {str(getattr(config, name)) for config in configs}
+        counts = {str(value) for config in configs if (value := effective(config, name)) != NOT_USED}
+        return len(given) > 1 and len(counts) > 1  # an automatic alpha follows the rank, and was not varied
+
+    names = [name for name in configs[0].to_json() if name not in ("name", "seed") and differ(name)]
     return sorted(names, key=lambda name: {"method": 0, "rank": 1}.get(name, 2)) or ["method"]

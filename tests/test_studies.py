@@ -31,6 +31,7 @@ from qlora_core.study_grid import (
     matrices,
     sentence,
 )
+from qlora_core.study_picking import varied_of
 from qlora_core.study_results import ARM, OTHER_ORDER, OTHER_SEED
 from qlora_core.targets import Architecture
 from qlora_core.verdicts import verdicts
@@ -353,6 +354,22 @@ def test_picked_runs_of_equal_rows_and_base_are_compared_and_differences_are_sai
         study.start()
 
 
+def test_a_study_of_runs_that_may_end_early_is_refused() -> None:
+    config = TrainConfig(data="rows.jsonl", base_model="base", early_stopping_patience=2)
+    with pytest.raises(
+        ConfigError, match="early_stopping_patience is 2: runs that end at other steps cannot be compared"
+    ):
+        cells(config, {"rank": [2, 4]})
+
+
+def test_settings_that_count_in_no_run_do_not_part_a_pair() -> None:
+    given = {"data": "rows.jsonl", "base_model": "base", "max_steps": 4}
+    lora = TrainConfig(**given, method="lora", quant_type="fp4", num_epochs=3)
+    qlora = TrainConfig(**given, method="qlora", quant_type="nf4", num_epochs=1)
+    assert varied_of([lora, qlora]) == ["method"]
+    assert varied_of([qlora, replace(qlora, rank=16)]) == ["rank"]
+
+
 def test_picked_runs_stay_when_their_study_goes_with_its_runs(tmp_path: Path) -> None:
     runs = [train_here(make_run(tmp_path, max_steps=1, rank=rank)) for rank in (2, 4)]
     store = StudyStore(settings_in(tmp_path))
@@ -375,5 +392,9 @@ def test_runs_that_cannot_be_compared_are_refused_with_every_reason(tmp_path: Pa
     other = tmp_path / "other"
     shutil.copytree(model_folder(), other)
     based = train_here(make_run(tmp_path, max_steps=1, base_model=str(other)))
+    for changed, words in (({"template": "chatml"}, "other templates"), ({"loss_on": "everything"}, "on other tokens")):
+        asked = train_here(make_run(tmp_path, max_steps=1, **changed))
+        with pytest.raises(RunError, match=words):
+            store.of_runs([first, asked])
     with pytest.raises(RunError, match="the runs have other base models"):
         store.of_runs([first, based])
