@@ -118,6 +118,25 @@ def test_with_xet_the_same_arrives(served: Hub, adapter: Path, monkeypatch: pyte
     assert served.read(repo, "adapter_model.safetensors") == b"weights, first"
 
 
+@pytest.mark.parametrize("xet", [False, True])
+def test_large_files_are_told_one_by_one_and_come_in_the_same_commit(
+    served: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, xet: bool
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", not xet)
+    monkeypatch.setattr("qlora_core.hub.push.LARGE_BYTES", 4)
+    told: list[tuple[Any, ...]] = []
+    push(served, adapter, report=lambda *said: told.append(said))
+    repo = served.repo("alice/mine", "models")
+    # The picture is in LFS too; small texts have no way of their own.
+    large = [said for said in told if said[-1] == "bytes"]
+    assert ("Sending adapter_model.safetensors", "bytes") in [(said[0], said[3]) for said in large]
+    assert [said[1] for said in large] == sorted({said[1] for said in large}) and large[0][1] == 0
+    assert [commit.title for commit in repo.commits] == ["initial commit", "v1: adapter"]
+    assert served.read(repo, "adapter_model.safetensors") == b"weights, first"
+    proposed = push(served, weights(adapter, "second"), pull_request=True, report=lambda *said: None)
+    assert repo.at("refs/pr/1").oid == proposed.commit
+
+
 def test_pushing_again_makes_no_commit_and_no_version(served: Hub, adapter: Path) -> None:
     first, again = push(served, adapter), push(served, adapter)
     assert (again.changed, again.commit, again.version) == (False, first.commit, "v1")

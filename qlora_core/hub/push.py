@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 STALE = 412
+LARGE_BYTES = 50_000_000  # a file that is worth a word of its own on the way
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Push:
     """One push, as it was asked for; `plan` tells what it would change, `run` does it.
 
     `release.what` is adapter, merged, dataset or report; its version is the tag that is wanted, "" for the next number. `force`
-    goes over a much better version, and over what others have changed there. `files` are all but the record.
+    goes over a much better version, and over what others have changed there. `files` are all but the record. `report` takes
+    what is being done, and for large files how many of how many "bytes" are sent.
     """
 
     repo_id: str
@@ -50,7 +52,7 @@ class Push:
     force: bool = False
     message: str = ""
     endpoint: str | None = None
-    report: Callable[[str], None] = lambda _: None
+    report: Callable[..., None] = lambda *_: None
 
     @property
     def api(self) -> "HfApi":
@@ -154,6 +156,7 @@ class Push:
         ]
         size = sum(add.upload_info.size for add in adds)
         self.report(f"Sending {len(adds)} files, {size / 1e6:,.1f} MB")
+        self._send_large(planned.repo_id, branch, adds)
         info = api.create_commit(
             planned.repo_id,
             [*adds, *(CommitOperationDelete(name) for name in planned.removes)],
@@ -164,6 +167,22 @@ class Push:
             parent_commit=planned.parent,
         )
         return info, planned, adds
+
+    def _send_large(self, repo_id: str, branch: str | None, adds: "list[CommitOperationAdd]") -> None:
+        """One after the other, so that it can be told how far it is. Nobody sees them before the commit."""
+        large = [add for add in adds if add.upload_info.size >= LARGE_BYTES]
+        sent, total = 0, sum(add.upload_info.size for add in large)
+        for add in large:
+            self.report(f"Sending {add.path_in_repo}", sent, total, "bytes")
+            self.api.preupload_lfs_files(
+                repo_id,
+                [add],
+                repo_type=self.kind,
+                revision=branch,
+                create_pr=self.pull_request,
+                free_memory=False,  # what arrived is compared with it
+            )
+            sent += add.upload_info.size
 
     def _unchanged(self, planned: PushPlan, remote: Remote) -> Pushed:
         """Also ends what an earlier push was cut off from: the tag of its commit."""
