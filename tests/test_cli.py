@@ -24,7 +24,7 @@ from helpers import (
     write_rows,
 )
 
-from qlora_core import cli, events, queue
+from qlora_core import cli, cli_follow, events, queue
 from qlora_core.config import TrainConfig
 from qlora_core.run_status import FINISHED, STOPPED
 from qlora_core.runs import Run, RunStore
@@ -36,7 +36,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     found = settings_in(tmp_path)
     monkeypatch.setenv("QLORA_LAB_HOME", str(found.home))
     monkeypatch.setenv("QLORA_LAB_LOCKS", str(found.locks))
-    monkeypatch.setattr(cli, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(cli_follow, "POLL_SECONDS", 0.005)
     fake_gpus(monkeypatch)
     return found
 
