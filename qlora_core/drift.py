@@ -2,19 +2,17 @@
 worker process; itself knows no torch."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qlora_core import devices, merging
+from qlora_core import merging
 from qlora_core.errors import RunError
-from qlora_core.queue import CPU, VISIBLE_GPUS, worker_environment
+from qlora_core.queue import CPU, free_device, worker_environment
 from qlora_core.runs import Run, lock
 from qlora_core.storage import file_sha256
 
@@ -55,7 +53,7 @@ def measure(run: Run, *, report: Report = lambda doing, done, total, unit: None)
         merging.check_disk(run, more_bytes=REFERENCE_BYTES)
         for onto in merging.ways(run):
             merging.check_host_memory(run, onto)
-        with _free_device(run) as (device, locks):
+        with free_device(run.settings, gpu=run.config().device != CPU) as (device, locks):
             _ask(run, device, (held, *locks), report)
     found = read_drift(run)
     if found is None:
@@ -119,19 +117,6 @@ def basis(found: Mapping[str, Any]) -> str:
 
 
 # -- the worker
-
-
-@contextmanager
-def _free_device(run: Run) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The first GPU that no run has, held, with the lock's descriptor; else the CPU, which takes no turns here."""
-    with ExitStack() as stack:
-        wants_gpu = run.config().device != CPU
-        for gpu in devices.gpus(visible=os.environ.get(VISIBLE_GPUS)) if wants_gpu else ():
-            held = stack.enter_context(lock(run.settings.locks / f"{gpu.uuid}.lock"))
-            if held is not None:
-                yield gpu.uuid, (held,)
-                return
-        yield CPU, ()
 
 
 def _ask(run: Run, device: str, locks: tuple[int, ...], report: Report) -> None:

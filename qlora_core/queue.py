@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -187,6 +189,19 @@ def _devices_for(run: Run) -> list[str]:
     if wanted == CPU or not found:
         return [CPU]
     return found
+
+
+@contextmanager
+def free_device(settings: Settings, *, gpu: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """For work that is no run: the first GPU that no run has, held, with the lock's descriptor for the process that is to use it;
+    else, or without `gpu`, the CPU, which takes no turns here."""
+    with ExitStack() as stack:
+        for found in devices.gpus(visible=os.environ.get(VISIBLE_GPUS)) if gpu else ():
+            held = stack.enter_context(lock(settings.locks / f"{found.uuid}.lock"))
+            if held is not None:
+                yield found.uuid, (held,)
+                return
+        yield CPU, ()
 
 
 def worker_environment(settings: Settings, *, device: str) -> dict[str, str]:

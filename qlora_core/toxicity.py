@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,10 +17,8 @@ from httpx2 import HTTPError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from qlora_core import devices
 from qlora_core.errors import ModelError
-from qlora_core.queue import CPU, VISIBLE_GPUS, worker_environment
-from qlora_core.runs import lock
+from qlora_core.queue import free_device, worker_environment
 from qlora_core.settings import Settings
 
 # What a classifier may consist of: no pickles, no code.
@@ -128,7 +126,7 @@ def _windows(texts: Iterable[str]) -> Iterator[list[str]]:
 def _worker(folder: Path, model: str, settings: Settings) -> Iterator["_Worker"]:
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        _free_gpu(settings) as (device, held),
+        free_device(settings) as (device, held),
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "qlora_core.worker.toxicity", str(folder)],
@@ -148,18 +146,6 @@ def _worker(folder: Path, model: str, settings: Settings) -> Iterator["_Worker"]
             process.stdout.close()
             with suppress(BrokenPipeError):  # what it never read
                 process.stdin.close()
-
-
-@contextmanager
-def _free_gpu(settings: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The first GPU that no run has, held, with the lock's descriptor; else the CPU, which takes no turns here."""
-    with ExitStack() as stack:
-        for gpu in devices.gpus(visible=os.environ.get(VISIBLE_GPUS)):
-            held = stack.enter_context(lock(settings.locks / f"{gpu.uuid}.lock"))
-            if held is not None:
-                yield gpu.uuid, (held,)
-                return
-        yield CPU, ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from helpers import ROOT, fake_gpus, held_by_another_process, settings_in, tokenizer_folder, wait_for, write_rows
 from transformers import CONFIG_MAPPING, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from qlora_core import toxicity
+from qlora_core import queue, toxicity
 from qlora_core.data.formats import read_rows
 from qlora_core.data.preparation import Preparation
 from qlora_core.data.preparing import prepare
@@ -315,11 +315,11 @@ def test_gpu_is_held_while_it_is_used_and_left_to_a_run_that_has_it(
 ) -> None:
     fake_gpus(monkeypatch, "GPU-a", "GPU-b")
     settings = settings_in(tmp_path)
-    with toxicity._free_gpu(settings) as (device, held):
+    with queue.free_device(settings) as (device, held):
         assert device == "GPU-a" and len(held) == 1
-        with toxicity._free_gpu(settings) as (other, _), toxicity._free_gpu(settings) as (third, none):
+        with queue.free_device(settings) as (other, _), queue.free_device(settings) as (third, none):
             assert (other, third, none) == ("GPU-b", "cpu", ())
-    with held_by_another_process(settings.locks / "GPU-a.lock"), toxicity._free_gpu(settings) as (device, _):
+    with held_by_another_process(settings.locks / "GPU-a.lock"), queue.free_device(settings) as (device, _):
         assert device == "GPU-b"
 
 

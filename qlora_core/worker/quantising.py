@@ -155,18 +155,6 @@ def _dequantized(numbers: torch.Tensor, largest: torch.Tensor, dtype: torch.dtyp
     return numbers.to(dtype).mul_(largest[:, None] / 127)
 
 
-def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model with every quantised layer as it was before, a plain one of transformers, with the weights it held in
-    4 or 8 bits."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QUANTISED):
-            plain = plain_layer(module)
-            plain.weight = nn.Parameter(dequantized_weight(module, dtype), requires_grad=False)
-            model.set_submodule(name, plain)
-    forget_quantisation(model)
-    return model.to(dtype)
-
-
 def plain_layer(module: nn.Module) -> nn.Module:
     """What a quantised layer was before, with its bias, and a weight without memory (on the device "meta")."""
     with torch.device("meta"):
