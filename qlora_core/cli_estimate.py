@@ -20,19 +20,9 @@ from qlora_core.planner.device import card_of, device_for
 from qlora_core.planner.facts import Facts, held_out_rows
 from qlora_core.settings import Settings
 from qlora_core.tokens import load_tokenizer
+from qlora_core.wording import MEMORY_PARTS
 
 # What each part is, beside its bytes.
-WORDS = {
-    "libraries": "the worker before a model is loaded",
-    "weights": "the frozen base",
-    "quantisation constants": "of the quantised weights",
-    "adapters": "what is learnt, in fp32, and its copies in 16 bits",
-    "optimizer": "the moments of AdamW",
-    "gradients": "of the adapters",
-    "activations": "kept for the backward pass",
-    "working": "of the layer that runs, and the libraries' own",
-    "logits": "and their gradients",
-}
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -121,7 +111,7 @@ def _print(found: dict[str, Any]) -> None:
     )
     print(f"{found['base_model']}, {found['method']}, rank {found['rank']}, on {found['device']} (an estimate; {rows})")
     for name, size in found["parts"].items():
-        _line(name, size, WORDS[name])
+        _line(name, size, MEMORY_PARTS[name][1])
     _line(
         "peak",
         found["total_bytes"],

@@ -4,6 +4,19 @@ from qlora_core.data.rows import counted
 from qlora_core.devices import GIB
 
 METHOD_NAMES = {"lora": "LoRA", "qlora": "QLoRA"}
+# Parts of a run's memory, by the name that its estimate has: (short name, what it is).
+MEMORY_PARTS = {
+    "libraries": ("libraries", "the worker process before a model is loaded"),
+    "weights": ("weights", "the frozen base"),
+    "quantisation constants": ("4-bit constants", "quantisation constants of the weights"),
+    "adapters": ("adapters", "what is learnt, in fp32, and its copies in 16 bits"),
+    "optimizer": ("optimizer", "the two moments of AdamW"),
+    "gradients": ("gradients", "of the adapters"),
+    "activations": ("activations", "kept from the forward to the backward pass"),
+    "working": ("working", "of the layer that runs, and buffers of the libraries"),
+    "logits": ("logits", "and their gradients"),
+    "context": ("context, gaps", "the driver’s context, and memory lost to fragmentation"),
+}
 
 
 def size(number: float | None) -> str:

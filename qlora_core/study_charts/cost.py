@@ -23,20 +23,20 @@ from qlora_core.study_numbers import (
     undominated,
 )
 from qlora_core.study_results import StudyRun
-from qlora_core.wording import seconds, size
+from qlora_core.wording import MEMORY_PARTS, seconds, size
 
 MIB = 1024**2
 # As the page's memory bar has them, told from light and dark: estimate's part -> shown name and colour.
-PARTS = {
-    "libraries": ("libraries", "#9aa6b6"),
-    "weights": ("weights", "#64748b"),
-    "quantisation constants": ("4-bit constants", "#a58d6f"),
-    "adapters": ("adapters", "#009e73"),
-    "optimizer": ("optimizer", "#56b4e9"),
-    "gradients": ("gradients", "#cc79a7"),
-    "activations": ("activations", "#e69f00"),
-    "working": ("working", "#d8bd6a"),
-    "logits": ("logits", "#7b61b5"),
+PART_HUES = {
+    "libraries": "#9aa6b6",
+    "weights": "#64748b",
+    "quantisation constants": "#a58d6f",
+    "adapters": "#009e73",
+    "optimizer": "#56b4e9",
+    "gradients": "#cc79a7",
+    "activations": "#e69f00",
+    "working": "#d8bd6a",
+    "logits": "#7b61b5",
 }
 HATCHED = {"shape": "/", "fillmode": "overlay", "fgcolor": "rgba(255,255,255,.6)", "size": 6, "solidity": 0.25}
 # Bins of the step-time ratio, and the least of steps that one must hold.
@@ -47,7 +47,7 @@ def memory(found: Sequence[Arm], kind: str, notes: Sequence[str]) -> go.Figure:
     """The measured peak of each arm above the parts of its estimate. One kind of memory, "GPU" or "host", in one figure."""
     shown = [arm for arm in found if memory_kind(arm) in (kind, None)]
     estimates = {arm.label: estimated_parts(arm) for arm in shown}
-    known = [name for name in (*PARTS, WHOLE) if any(name in parts for parts in estimates.values())]
+    known = [name for name in (*PART_HUES, WHOLE) if any(name in parts for parts in estimates.values())]
     figure = by_row(
         f"Peak memory, {kind}",
         [arm.label for arm in shown],
@@ -91,7 +91,7 @@ def memory(found: Sequence[Arm], kind: str, notes: Sequence[str]) -> go.Figure:
 
 
 def _part(name: str) -> tuple[str, str]:
-    return PARTS.get(name, (name, NEUTRAL))
+    return MEMORY_PARTS.get(name, (name,))[0], PART_HUES.get(name, NEUTRAL)
 
 
 def _ends(values: Sequence[float]) -> dict[str, object] | None:

@@ -7,20 +7,9 @@ from qlora_core.planner import fitting
 from qlora_core.planner.facts import Facts
 from qlora_core.planner.fitting import RankChoice
 from qlora_core.ui.words import esc, size
+from qlora_core.wording import MEMORY_PARTS
 
 # In the order in which they stand in the bar: shown name, and what it means. Colours are the theme's, --part-NAME.
-PARTS = {
-    "libraries": ("libraries", "the worker process before a model is loaded"),
-    "weights": ("weights", "the frozen base"),
-    "quantisation constants": ("4-bit constants", "quantisation constants of the weights"),
-    "adapters": ("adapters", "what is learnt, in fp32, and its copies in 16 bits"),
-    "optimizer": ("optimizer", "the two moments of AdamW"),
-    "gradients": ("gradients", "of the adapters"),
-    "activations": ("activations", "kept from the forward to the backward pass"),
-    "working": ("working", "of the layer that runs, and buffers of the libraries"),
-    "logits": ("logits", "and their gradients"),
-    "context": ("context, gaps", "the driver’s context, and memory lost to fragmentation"),
-}
 # The height is fixed, so that nothing below moves while a person types.
 MEMORY_CSS = """
 .memory { height: 336px; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 10px;
@@ -78,7 +67,7 @@ def waiting_html(text: str) -> str:
 def parts(estimate: MemoryEstimate) -> dict[str, int]:
     """The parts that the bar shows, context and fragmentation among them."""
     found = estimate.parts() | {"context": estimate.context_bytes}
-    return {name: found[name] for name in PARTS if found[name]}
+    return {name: found[name] for name in MEMORY_PARTS if found[name]}
 
 
 def _bar(estimate: MemoryEstimate, usable: int) -> str:
@@ -89,7 +78,7 @@ def _bar(estimate: MemoryEstimate, usable: int) -> str:
     )
     limit = f'<b style="left:{100 * usable / whole:.2f}%"></b>' if whole > usable else ""
     items = "".join(
-        f'<li style="--part:{_colour(name)}" title="{esc(_told(name, number))}"><span>{PARTS[name][0]}</span>'
+        f'<li style="--part:{_colour(name)}" title="{esc(_told(name, number))}"><span>{MEMORY_PARTS[name][0]}</span>'
         f'<data value="{number}">{size(number)}</data></li>'
         for name, number in found.items()
     )
@@ -102,7 +91,7 @@ def _colour(name: str) -> str:
 
 
 def _told(name: str, number: int) -> str:
-    return f"{PARTS[name][0]}: {size(number)}, {PARTS[name][1]}"
+    return f"{MEMORY_PARTS[name][0]}: {size(number)}, {MEMORY_PARTS[name][1]}"
 
 
 def _sentence(reason: str) -> str:
