@@ -221,7 +221,14 @@ def test_going_back_does_not_undo_what_others_changed_there(served: Hub, adapter
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b'{"what": 1}', b'{"what": "adapter", "metrics": {"eval_loss": "low"}}', b"\xff"]
+    "content",
+    [
+        b"[]",
+        b'{"what": "adapter", "metrics": {"eval_loss": 1' + b"0" * 400 + b"}}",
+        b'{"what": 1}',
+        b'{"what": "adapter", "metrics": {"eval_loss": "low"}}',
+        b"\xff",
+    ],
 )
 def test_a_record_that_something_else_wrote_is_no_record(content: bytes) -> None:
     assert Release.from_bytes(content) is None
@@ -240,6 +247,86 @@ def test_a_version_that_was_much_better_on_the_same_rows_is_not_published_over(
         assert push(served, adapter, release=release(loss, rows), force=True).version == "v2"
     else:
         assert push(served, adapter, release=release(loss, rows)).changed
+
+
+def test_what_was_agreed_to_is_this_content_over_that(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    shown = plan(served, weights(adapter, "second"))
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        model_push(weights(adapter, "third"), "mine", **asked(served, {})).run(shown.digest)
+    card = {"README.md": b"---\nlicense: mit\n---\n# Another card\n", "images/loss.png": b"\x89PNG"}
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        model_push(weights(adapter, "second"), "mine", **asked(served, {"files": card})).run(shown.digest)
+    served.commit(served.repo("alice/mine", "models"), {"adapter_model.safetensors": b"theirs"})
+    again = plan(served, weights(adapter, "second"))
+    assert again.digest != shown.digest and "adapter_model.safetensors" in again.refusals[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({"metrics": {}}, {}, "version v1 has no evaluation loss on record"),
+        ({}, {"metrics": {}}, "this version has no evaluation loss on record"),
+        ({"rows": "others"}, {}, "version v1 was evaluated on other rows"),
+    ],
+)
+def test_that_the_better_one_is_not_known_is_said(
+    served: Hub, adapter: Path, before: dict[str, Any], now: dict[str, Any], words: str
+) -> None:
+    push(served, adapter, release=release(**before))
+    (doubt,) = plan(served, weights(adapter, "second"), release=release(**now)).doubts
+    assert words in doubt and "is not known" in doubt
+
+
+def test_what_came_into_a_repository_while_it_was_made_is_not_built_upon(served: Hub, adapter: Path) -> None:
+    def meanwhile(*said: Any) -> None:
+        if said[0].startswith("Sending 7"):
+            served.commit(served.repo("alice/mine", "models"), {"config.json": "{}", "model.safetensors": "theirs"})
+
+    with pytest.raises(HubError, match="changed by someone else"):
+        push(served, adapter, report=meanwhile)
+    with pytest.raises(HubError, match="holds a whole model, so an adapter cannot"):
+        push(served, adapter)
+
+
+def test_a_number_that_another_branch_took_is_not_the_version_of_two_contents(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    repo = served.repo("alice/mine", "models")
+    branch = push(served, weights(adapter, "branch"), revision="trial")
+    assert branch.version == "v2"
+    # As where two pushes were planned at once: the record of main says v2 too, and the tag is of the other.
+    del repo.refs["refs/tags/v2"]
+    served.once.append(("POST", "/tag/", 409))
+    with pytest.raises(HubError, match="another push has taken it; push again, and it gets the next number"):
+        push(served, weights(adapter, "main"))
+    repo.refs["refs/tags/v2"] = branch.commit
+    again = push(served, weights(adapter, "main"))
+    assert again.version == "v3" and repo.refs["refs/tags/v3"] == repo.head.oid
+    assert json.loads(served.read(repo, "release.json"))["version"] == "v3"
+
+
+def test_a_strangers_record_is_not_read_where_it_is_huge(served: Hub) -> None:
+    record = json.dumps({"what": "adapter", "run_id": "x" * 2_000_000})
+    repo = served.add_repo("bob/strange", {"release.json": record}, kind="models")
+    repo.refs["refs/tags/v1"] = repo.head.oid
+    (only,) = versions("bob/strange", ALICE, endpoint=served.url)
+    assert only.release is None
+    assert not any("/resolve/" in seen.path for seen in served.requests)
+
+
+def test_a_public_push_into_a_private_repository_says_that_it_stays_private(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    shown = plan(served, weights(adapter, "second"), private=False)
+    assert any("stays private" in sentence for sentence in shown.sentences())
+
+
+@pytest.mark.parametrize("revision", ["a b", "../x", "x.lock", "/x", "a//b", "-x"])
+def test_a_branch_that_is_none_is_refused_before_a_repository_is_made(
+    served: Hub, adapter: Path, revision: str
+) -> None:
+    with pytest.raises(HubError, match="is no name of a branch"):
+        push(served, adapter, revision=revision)
+    assert not served.repos
 
 
 def test_a_version_can_be_named_once(served: Hub, adapter: Path) -> None:
@@ -306,7 +393,7 @@ def test_what_cannot_be_pushed_is_told_before_anything_is_sent(
     ("method", "path", "status", "words"),
     [
         ("POST", "/api/repos/create", 403, "does not allow it"),
-        ("POST", "/api/repos/create", 409, "changed by someone else"),
+        ("POST", "/api/repos/create", 409, "there is one of this name that this token cannot see"),
         ("POST", "/preupload/", 401, "does not accept the token"),
         ("PUT", "/cdn/", 400, "A fault that the test asked for"),
         ("POST", "/commit/", 429, "asks to wait"),

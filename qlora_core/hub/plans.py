@@ -3,15 +3,15 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.errors import HubError
 from qlora_core.hub.access import KINDS
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, git_oid, sha256
-from qlora_core.hub.releases import RECORD, Release, free_version, next_version
-from qlora_core.hub.repos import HUBS_OWN, Remote, look, writable_name
+from qlora_core.hub.releases import FORCE, RECORD, Release, free_version, gate, next_version
+from qlora_core.hub.repos import HUBS_OWN, Remote, look, read_release, writable_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,7 +25,10 @@ IN_WORDS = {
 @dataclass(frozen=True)
 class PushPlan:
     """What a push does to a repository, by path. `foreign`: those of `changes` and `removes` that no push from here has put
-    there as they are. `parent` is the commit that all this was compared with; None where the repository is made first."""
+    there as they are. `parent` is the commit that all this was compared with; None where the repository is made first.
+
+    `content`: a hash of what is sent and of what it replaces. `refusals` stand against it unless it is forced, `doubts` are to be
+    known; `stays_private` where it was to be public."""
 
     repo_id: str
     revision: str
@@ -39,11 +42,16 @@ class PushPlan:
     removes: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    content: str = ""
+    refusals: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    stays_private: bool = False
 
     @property
     def changes_anything(self) -> bool:
-        """Whether there is something to push besides the record of the push itself."""
-        return self.creates or any(name != RECORD for name in (*self.adds, *self.changes, *self.removes))
+        """Whether there is something to push besides the record of the push itself, which must change where its version does."""
+        named = any(name != RECORD for name in (*self.adds, *self.changes, *self.removes))
+        return self.creates or named or self.version != self.replaces
 
     @property
     def touches_others(self) -> bool:
@@ -54,15 +62,9 @@ class PushPlan:
     def digest(self) -> str:
         """Names what is shown: who agrees to it agrees to this and to nothing else."""
         told = (
-            self.repo_id,
-            self.revision,
-            self.creates,
-            self.private,
-            self.version,
-            self.adds,
-            self.changes,
-            self.removes,
-        )
+            self.repo_id, self.revision, self.creates, self.private, self.version, self.adds, self.changes, self.removes,
+            self.content, self.refusals, self.doubts,
+        )  # fmt: skip
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
     def sentences(self) -> list[str]:
@@ -76,6 +78,8 @@ class PushPlan:
             if names := getattr(self, what):
                 more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
                 found.append(f"  {what} {', '.join(names[:LISTED])}{more}")
+        if self.stays_private:
+            found.append("  stays private; it is made public on its settings page")
         return found
 
 
@@ -102,10 +106,14 @@ def plan(
                 f"{kind} {repo_id!r}: is not there yet, so there is nothing to make a pull request to; push to it"
             )
         version = release.version or "v1"
-        made = PushPlan(repo_id, revision, True, private, None, version, None, adds=(*sorted(files), RECORD))
+        names, content = (*sorted(files), RECORD), _content(files, {})
+        made = PushPlan(repo_id, revision, True, private, None, version, None, adds=names, content=content)
         return made, Remote(None, {}, {}, None)
     _refuse_other_content(repo_id, kind, release, remote)
-    return _compared(repo_id, kind, files, release, remote, private=private, revision=revision), remote
+    found = _compared(repo_id, kind, files, release, remote, private=private, revision=revision)
+    if not found.changes_anything and _is_tag_of_another(api, repo_id, kind, remote):
+        found = replace(found, version=next_version({*remote.tags, found.version}), changes=(RECORD,))
+    return found, remote
 
 
 def _compared(
@@ -131,10 +139,32 @@ def _compared(
     version = _version(f"{kind} {repo_id!r}", release, remote) if anything or before is None else before.version
     record = (RECORD,) if anything else ()
     adds, changes = (adds, (*changes, *record)) if RECORD in remote.files else ((*adds, *record), changes)
-    replaces = before.version if before else None
-    return PushPlan(
-        repo_id, revision, False, private, remote.head, version, replaces, adds, changes, removes, keeps, foreign
+    what, replaces = f"{kind} {repo_id!r}", before.version if before else None
+    worse, unknown = gate(what, before, release) if anything else (None, None)
+    theirs = (
+        f"{what}: holds {', '.join(foreign)} as no push from here made them, and this one would replace them; "
+        f"force it ({FORCE}), or choose another name"
     )
+    replaced = {name: remote.files[name] for name in (*changes, *removes) if name != RECORD}
+    return PushPlan(
+        repo_id, revision, False, private, remote.head, version, replaces, adds, changes, removes, keeps, foreign,
+        content=_content(files, replaced),
+        refusals=(*((theirs,) if foreign else ()), *((worse,) if worse else ())),
+        doubts=(unknown,) if unknown else (),
+        stays_private=not private and bool(remote.private),
+    )  # fmt: skip
+
+
+def _content(files: Mapping[str, Content], replaced: Mapping[str, str]) -> str:
+    sent = {name: sha256(content) for name, content in files.items()}
+    return hashlib.sha256(json.dumps([sent, replaced], sort_keys=True).encode()).hexdigest()
+
+
+def _is_tag_of_another(api: "HfApi", repo_id: str, kind: RepoType, remote: Remote) -> bool:
+    """Whether the version that the record names is the tag of other contents, as after two pushes to two branches at once."""
+    before = remote.release
+    tagged = remote.tags.get(before.version) if before else None
+    return tagged not in (None, remote.head) and read_release(api, repo_id, kind, tagged) != before
 
 
 def _version(what: str, release: Release, remote: Remote) -> str:

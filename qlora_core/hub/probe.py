@@ -209,10 +209,11 @@ class _Look:
         before = len(self.problems)
         if "pull request" in self.also:
             self.problems.append(f"{what}: is not there yet, so there is nothing to make a pull request to; push to it")
-        others = [kind for kind in KINDS if kind != self.kind] if self.kind == "model" else []
-        for other in others:
+        for other in (kind for kind in KINDS if kind != self.kind):
             if self.api.repo_exists(name, repo_type=other):
-                self.problems.append(f"{what}: there is a {other} of this name; choose another name for the model")
+                self.problems.append(
+                    f"{what}: there is a {other} of this name; choose another name for the {self.kind}"
+                )
         creates = scopes.has(self.scopes, scopes.CREATES)
         if not creates and scopes.has(self.scopes, scopes.WRITES):
             self.problems.append(

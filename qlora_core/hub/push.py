@@ -8,13 +8,13 @@ from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, compare, git_oid, sha256
 from qlora_core.hub.plans import PushPlan, plan
-from qlora_core.hub.releases import RECORD, Release, check_version, gate
+from qlora_core.hub.releases import RECORD, Release, check_revision, check_version
 from qlora_core.hub.repos import Remote, url_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
-STALE = 412
+STALE, TAKEN = 412, 409
 LARGE_BYTES = 50_000_000  # a file that is worth a word of its own on the way
 
 
@@ -73,7 +73,7 @@ class Push:
         planned, remote = self._planned()
         if not planned.changes_anything:
             return self._unchanged(planned, remote)
-        self._may(planned, remote, agreed)
+        self._may(planned, agreed)
         info, planned, adds = self._committed(planned, agreed)
         compare(self.api, planned.repo_id, adds, info.oid, repo_type=self.kind, token=self.token)
         self.report(f"Checked: commit {info.oid[:8]}")
@@ -88,6 +88,7 @@ class Push:
 
     def _planned(self) -> tuple[PushPlan, Remote]:
         check_version(self.release.version)
+        check_revision(self.revision)
         if self.pull_request and self.revision not in (None, "main"):
             raise HubError("a pull request goes to the main branch; leave the revision out, or push to that branch")
         return plan(
@@ -102,23 +103,13 @@ class Push:
             pull_request=self.pull_request,
         )
 
-    def _may(self, planned: PushPlan, remote: Remote, agreed: str | None) -> None:
-        what, problems = f"{self.kind} {planned.repo_id!r}", []
+    def _may(self, planned: PushPlan, agreed: str | None) -> None:
+        if planned.refusals and not self.force:
+            raise HubError(*planned.refusals)
         if planned.touches_others and agreed != planned.digest:
             why = "has changed since its changes were shown" if agreed else "is there already"
-            problems.append(f"{what}: {why}; look at what this push would change, then push again:")
-            raise HubError("\n".join([*problems, *planned.sentences()]))
-        if self.force:
-            return
-        if planned.foreign:
-            problems.append(
-                f"{what}: holds {', '.join(planned.foreign)} as no push from here made them, and this one would replace them; "
-                "push it with --force to do so, or choose another name"
-            )
-        if worse := gate(what, remote.release, self.release):
-            problems.append(worse)
-        if problems:
-            raise HubError(*problems)
+            head = f"{self.kind} {planned.repo_id!r}: {why}; look at what this push would change, then push again:"
+            raise HubError("\n".join([head, *planned.sentences()]))
 
     def _committed(
         self, planned: PushPlan, agreed: str | None
@@ -131,16 +122,31 @@ class Push:
             if planned.creates:
                 # Not `exist_ok`: with another endpoint than the environment's, huggingface_hub 2.4.0 fails on its own answer.
                 self.report(f"Creating the {'private' if self.private else 'public'} {self.kind} {planned.repo_id}")
-                self.api.create_repo(planned.repo_id, repo_type=self.kind, private=self.private)
+                self._create(planned.repo_id)
+                # What comes in between now and the commit, minutes for a large model, is not built upon unseen.
+                planned = replace(planned, parent=self.api.repo_info(planned.repo_id, repo_type=self.kind).sha)
         with hub_errors(f"{what}, which is new and still empty" if planned.creates else what, self.token):
             try:
                 return self._commit(planned)
             except HfHubHTTPError as error:
                 if error.response is None or error.response.status_code != STALE or planned.creates:
                     raise
-            again, remote = self._planned()
-            self._may(again, remote, agreed)
+            again, _ = self._planned()
+            self._may(again, agreed)
             return self._commit(again)
+
+    def _create(self, repo_id: str) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self.api.create_repo(repo_id, repo_type=self.kind, private=self.private)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != TAKEN:
+                raise
+            raise HubError(
+                f"{self.kind} {repo_id!r}: there is one of this name that this token cannot see, or it was made just now; choose "
+                "another name, or use a token that may see it (of a sign-in: with the scope write-repos)"
+            ) from None
 
     def _commit(self, planned: PushPlan) -> "tuple[CommitInfo, PushPlan, list[CommitOperationAdd]]":
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -193,14 +199,21 @@ class Push:
         return self._pushed(planned, planned.parent, changed=False)
 
     def _tag(self, planned: PushPlan, commit: str) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
         what = (
             f"{self.kind} {planned.repo_id!r}: was pushed as commit {commit[:8]}, but not tagged as {planned.version!r}"
         )
         with hub_errors(f"{what}; push again to tag it", self.token):
-            self.api.create_tag(
-                planned.repo_id,
-                tag=planned.version,
-                revision=commit,
-                repo_type=self.kind,
-                tag_message=self.message or None,
-            )
+            try:
+                self.api.create_tag(
+                    planned.repo_id,
+                    tag=planned.version,
+                    revision=commit,
+                    repo_type=self.kind,
+                    tag_message=self.message or None,
+                )
+            except HfHubHTTPError as error:
+                if error.response is None or error.response.status_code != TAKEN:
+                    raise
+                raise HubError(f"{what}: another push has taken it; push again, and it gets the next number") from None

@@ -9,9 +9,13 @@ from typing import Any
 from qlora_core.errors import HubError
 
 RECORD = "release.json"
+MODELS = ("adapter", "merged")
+FORCE = "--force, or “Over a better version” on the page"
 LOSSES = ("eval_loss", "trained_eval_loss")  # of an adapter; of the model from which a merged one was made
 WORSE_SHARE = 0.05  # of the evaluation loss, above which a version is not published over another
+MOST_BYTES = 1_000_000  # of a record; a stranger's file may be anything
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+REVISION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Release:
             known["files"] = {str(name): (str(a), str(b)) for name, (a, b) in known.get("files", {}).items()}
             known["metrics"] = {str(name): float(value) for name, value in known.get("metrics", {}).items()}
             found = cls(**known)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
             return None
         texts = (
             found.what,
@@ -58,17 +62,36 @@ class Release:
         return found if all(isinstance(text, str) for text in texts) else None
 
 
-def gate(what: str, before: Release | None, new: Release) -> str | None:
-    """Why the new version should not replace the one before: a loss on the same rows that is more than 5 % higher."""
-    if before is None or not new.eval_fingerprint or before.eval_fingerprint != new.eval_fingerprint:
-        return None
+def gate(what: str, before: Release | None, new: Release) -> tuple[str | None, str | None]:
+    """(why the new version should not replace the one before, why that cannot be told): the first is a loss on the same rows that
+    is more than 5 % higher."""
+    if before is None or before.what not in MODELS:
+        return None, None
     old, now = (next((r.metrics[name] for name in LOSSES if name in r.metrics), None) for r in (before, new))
-    if old is None or now is None or now <= old * (1 + WORSE_SHARE):
-        return None
+    if old is None or now is None:
+        which = f"version {before.version}" if old is None else "this version"
+        return None, f"{what}: {which} has no evaluation loss on record, so which of the two is better is not known"
+    if not new.eval_fingerprint or before.eval_fingerprint != new.eval_fingerprint:
+        return (
+            None,
+            f"{what}: version {before.version} was evaluated on other rows, so which of the two is better is not known",
+        )
+    if now <= old * (1 + WORSE_SHARE):
+        return None, None
     return (
-        f"{what}: its version {before.version} has an evaluation loss of {old:.4f} on the same rows, this one "
-        f"{now:.4f}, which is {now / old - 1:.1%} worse; push it with --force, into another repository, or not at all"
-    )
+        f"{what}: its version {before.version} has an evaluation loss of {old:.4f} on the same rows, this one {now:.4f}, which is "
+        f"{now / old - 1:.1%} worse; force it ({FORCE}), or push it into another repository"
+    ), None
+
+
+def check_revision(revision: str | None) -> None:
+    """A branch's name, before a repository is made for it. Raises HubError."""
+    if revision and (
+        not REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith(".lock")
+    ):
+        raise HubError(
+            f"branch {revision!r}: is no name of a branch; use letters, digits, '-', '_', '.' and single slashes, as in 'trial'"
+        )
 
 
 def next_version(known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_core.errors import HubError
 from qlora_core.hub.access import KINDS, account, full_name
 from qlora_core.hub.files import RepoType
-from qlora_core.hub.releases import RECORD, Release
+from qlora_core.hub.releases import MOST_BYTES, RECORD, Release
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,6 +24,7 @@ class Remote:
     files: Mapping[str, str]
     tags: Mapping[str, str]
     release: Release | None
+    private: bool | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -52,7 +53,8 @@ def look(api: "HfApi", repo_id: str, kind: RepoType, *, revision: str = "main", 
         head = info.sha
     entries = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type=kind)
     files = {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
-    return Remote(head, files, known, read_release(api, repo_id, kind, head) if RECORD in files else None)
+    release = read_release(api, repo_id, kind, head) if RECORD in files else None
+    return Remote(head, files, known, release, info.private)
 
 
 def public_already(what: str) -> str:
@@ -82,11 +84,12 @@ def tags(api: "HfApi", repo_id: str, kind: RepoType) -> dict[str, str]:
 
 
 def read_release(api: "HfApi", repo_id: str, kind: RepoType, commit: str | None) -> Release | None:
-    """The record of a commit, read past every cache; None where there is none."""
+    """The record of a commit, read past every cache; None where there is none, or what something else wrote."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
-    if not api.get_paths_info(repo_id, [RECORD], revision=commit, repo_type=kind):
+    found = api.get_paths_info(repo_id, [RECORD], revision=commit, repo_type=kind)
+    if not found or getattr(found[0], "size", 0) > MOST_BYTES:
         return None
     url = hf_hub_url(repo_id, RECORD, repo_type=kind, revision=commit, endpoint=api.endpoint)
     headers = {"Authorization": f"Bearer {api.token}"} if api.token else {}

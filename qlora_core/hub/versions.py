@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.errors import HubError
+from qlora_core.hub.access import account
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import RepoType
 from qlora_core.hub.releases import RECORD, Release
@@ -12,6 +13,8 @@ from qlora_core.hub.repos import look, read_release, tags, url_of, writable_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+MOST_VERSIONS = 100
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class RolledBack:
 def versions(
     repo_id: str, token: str | None, *, kind: RepoType = "model", endpoint: str | None = None
 ) -> list[Version]:
-    """The tagged versions, newest number first, and what the main branch holds where that has no tag. Raises HubError."""
+    """The newest tagged versions, at most MOST_VERSIONS, and what the main branch holds where that has no tag. Raises HubError."""
     api = _api(token, endpoint)
+    if token and "/" not in repo_id:
+        repo_id = f"{account(token, endpoint=endpoint).name}/{repo_id.strip()}"
     with hub_errors(f"{kind} {repo_id!r}", token):
         head = api.repo_info(repo_id, repo_type=kind).sha
         now = read_release(api, repo_id, kind, head)
-        known = tags(api, repo_id, kind)
+        known = dict(
+            sorted(tags(api, repo_id, kind).items(), key=lambda tag: _parts(tag[0]), reverse=True)[:MOST_VERSIONS]
+        )
         found = [(name, commit, read_release(api, repo_id, kind, commit)) for name, commit in known.items()]
     if now and now.version and now.version not in {name for name, *_ in found}:  # a pull request that was merged
         found.append((now.version, head, now))
@@ -97,7 +104,7 @@ def rollback(
         if foreign and not force and not plan:
             raise HubError(
                 f"{what}: {', '.join(foreign)} there was changed by someone else, and going back to {version!r} would replace it; "
-                "do so with --force, or keep what is there"
+                "force it (--force, or the box beside it on the page), or keep what is there"
             )
         if plan or not (back or gone):
             return told
