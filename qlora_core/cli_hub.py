@@ -18,7 +18,7 @@ from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.study import Study
 
-FOR_MODELS = ("onto", "revision", "pull_request", "version", "card")
+FOR_MODELS = ("onto", "version", "card")
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -120,8 +120,8 @@ def _push(options: argparse.Namespace, settings: Settings) -> int:
         entry for entry in result.get("pushed", ()) if entry.get("proof", {}).get("state", "proven") != "proven"
     ]
     for entry in unproven:
-        told = entry["proof"].get("reason") or "its logits differ from those of the model here"
-        print(f"{entry['url']}: is pushed as commit {entry['commit'][:8]}, but not proven: {told}", file=sys.stderr)
+        told = f"is pushed as commit {entry['commit'][:8]}, but not proven: {entry['proof']['reason']}"
+        print(f"{entry['url']}: {told}", file=sys.stderr)
     return 1 if unproven else 0
 
 
@@ -130,8 +130,7 @@ def _parts(options: argparse.Namespace, settings: Settings, report: jobs.Reporte
     folder = Path(options.source).expanduser()
     if (folder / LINEAGE).is_file():
         _only_for_models(options, ["dataset"], ("dataset",))
-        asked = {"token": _token(options), "private": not options.public, "report": report, "force": options.force}
-        return [publishing.dataset_part(folder, options.repo_id, **asked)]
+        return [publishing.dataset_part(folder, options.repo_id, **_asked(options, report))]
     if folder.is_dir() or "/" in options.source:
         raise HubError(
             f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run or a study"
@@ -139,9 +138,20 @@ def _parts(options: argparse.Namespace, settings: Settings, report: jobs.Reporte
     found = _run_or_study(options.source, settings)
     if isinstance(found, Study):
         _only_for_models(options, (options.what or "report").split(","), ("report",))
-        asked = {"token": _token(options), "private": not options.public, "report": report, "force": options.force}
-        return [publishing.report_part(found, options.repo_id, rows=options.with_rows, **asked)]
+        return [publishing.report_part(found, options.repo_id, rows=options.with_rows, **_asked(options, report))]
     return _parts_of_run(found, options, report)
+
+
+def _asked(options: argparse.Namespace, report: jobs.Reporter) -> dict[str, Any]:
+    """What holds for whatever is pushed."""
+    return {
+        "token": _token(options),
+        "private": not options.public,
+        "revision": options.revision,
+        "pull_request": options.pull_request,
+        "force": options.force,
+        "report": report,
+    }
 
 
 def _run_or_study(text: str, settings: Settings) -> Run | Study:
@@ -171,23 +181,25 @@ def _only_for_models(options: argparse.Namespace, what: Sequence[str], may: Sequ
 def _parts_of_run(run: Run, options: argparse.Namespace, report: jobs.Reporter) -> list[publishing.Part]:
     what = list(dict.fromkeys((options.what or "adapter").split(",")))
     _only_for_models(options, what, publishing.OF_A_RUN)
-    if options.card:
-        publishing.keep_card_text(run, publishing.read_card_text(Path(options.card)))
-    token, private, parts = _token(options), not options.public, []
+    card = publishing.read_card_text(Path(options.card)) if options.card else None
+    if card and not options.plan:
+        publishing.keep_card_text(run, card)
+    asked, parts = _asked(options, report), []
     data = publishing.dataset_of(run) if "dataset" in what else None  # before a merge that takes minutes
+    token = asked.pop("token")
     for one, name in publishing.repositories(options.repo_id, what).items():
         if one == "dataset":
-            asked = {"token": token, "private": private, "report": report, "force": options.force}
-            parts.append(publishing.dataset_part(data, name, run=run, **asked))
+            parts.append(publishing.dataset_part(data, name, run=run, token=token, **asked))
             continue
         how = publishing.Publication(
             what=one,
-            private=private,
+            private=not options.public,
             revision=options.revision,
             pull_request=options.pull_request,
             version=options.version or "",
             force=options.force,
             onto=options.onto if one == "merged" else None,
+            card=card,
         )
         parts.append(publishing.model_part(run, *publishing.prepare(run, name, how, token=token, report=report)))
     return parts

@@ -6,15 +6,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from qlora_core import merging
 from qlora_core.errors import RunError
-from qlora_core.queue import CPU, free_device, worker_environment
+from qlora_core.queue import CPU, free_device, host_work, worker_environment
 from qlora_core.runs import Run, lock
-from qlora_core.storage import file_sha256
 
 DRIFT = "drift.json"
 # Held-out rows that are measured, evenly from the whole file; tokens of one, and of all together.
@@ -50,11 +47,12 @@ def measure(run: Run, *, report: Report = lambda doing, done, total, unit: None)
     with lock(run.path / "merge.lock") as held:
         if held is None:
             raise RunError(f"{run.run_id}: is being merged, or its merges are measured, already; wait for that to end")
-        merging.check_disk(run, more_bytes=REFERENCE_BYTES)
-        for onto in merging.ways(run):
-            merging.check_host_memory(run, onto)
-        with free_device(run.settings, gpu=run.config().device != CPU) as (device, locks):
-            _ask(run, device, (held, *locks), report)
+        with host_work(run.settings, lambda doing: report(doing, 0, 0, "")):
+            merging.check_disk(run, more_bytes=REFERENCE_BYTES)
+            for onto in merging.ways(run):
+                merging.check_host_memory(run, onto)
+            with free_device(run.settings, gpu=run.config().device != CPU) as (device, locks):
+                _ask(run, device, (held, *locks), report)
     found = read_drift(run)
     if found is None:
         raise RunError(f"{run.run_id}: its adapter changed while its merges were measured; measure them again")
@@ -69,18 +67,11 @@ def read_drift(run: Run) -> dict[str, Any] | None:
     (supervised); and "adapter_sha256", "rows", "tokens", "held_out_rows", "device", "dtype", "packages", "measured_at" (seconds of
     the epoch), "peak_host_bytes".
     """
-    weights = run.adapter / "adapter_model.safetensors"
     try:
-        found, state = json.loads((run.path / DRIFT).read_text()), weights.stat()
+        found = json.loads((run.path / DRIFT).read_text())
+        return found if found.get("adapter_sha256") == merging.adapter_sha256(run) else None
     except (OSError, ValueError):
         return None
-    return found if found.get("adapter_sha256") == _sha256(weights, state.st_mtime_ns, state.st_size) else None
-
-
-@lru_cache(maxsize=64)
-def _sha256(path: Path, changed_ns: int, size: int) -> str:
-    """A page asks often; the file is read again when it has changed."""
-    return file_sha256(path)
 
 
 def for_card(found: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:

@@ -117,12 +117,13 @@ def find(job_id: str, settings: Settings) -> Job | None:
     return Job(folder) if re.fullmatch(r"[0-9a-f]{24}", job_id) and (folder / "arguments.json").exists() else None
 
 
-def running(beginning: Sequence[str], settings: Settings) -> Job | None:
-    """A job that goes on and whose arguments begin so; that of a page that was closed or loaded again, say."""
+def running(beginning: Sequence[str], settings: Settings, *, secret: str | None = None) -> Job | None:
+    """A job that goes on, whose arguments begin so, and that was started with this secret; that of a page that was closed, say."""
     for path in (settings.home / "jobs").glob("*/arguments.json"):
         job = Job(path.parent)
         with suppress(OSError, ValueError):
-            progress = job.progress() if job.arguments[: len(beginning)] == list(beginning) else None
+            ours = job.arguments[: len(beginning)] == list(beginning) and job.job_id == _id_of(job.arguments, secret)
+            progress = job.progress() if ours else None
             if progress and progress.state == RUNNING:
                 return job
     return None
@@ -133,9 +134,7 @@ def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = 
 
     `again` repeats one that is done. A secret goes through a pipe: it is in no file, argument or environment.
     """
-    # Who may not see what another's secret opens does not join their job.
-    told = [*arguments, hashlib.sha256(secret.encode()).hexdigest() if secret else ""]
-    folder = settings.home / "jobs" / hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+    folder = settings.home / "jobs" / _id_of(arguments, secret)
     job, fresh = Job(folder), folder.with_name(f".{secrets.token_hex(8)}")
     with lock(folder.parent / ".lock", wait=True):
         found = job.progress()
@@ -168,6 +167,12 @@ def start(arguments: Sequence[str], settings: Settings, *, secret: str | None = 
             process.stdin.write((secret or "").encode())
     threading.Thread(target=process.wait, daemon=True).start()  # no zombie stays behind
     return job
+
+
+def _id_of(arguments: Sequence[str], secret: str | None) -> str:
+    # Who may not see what another's secret opens does not join their job.
+    told = [*arguments, hashlib.sha256(secret.encode()).hexdigest() if secret else ""]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
 def _environment(settings: Settings, folder: Path) -> dict[str, str]:
@@ -217,7 +222,9 @@ def end_with(error: Exception, problems: Sequence[str]) -> None:
     """The last word of a job whose work has failed, or was cancelled; nothing outside of a job."""
     if os.environ.get(JOB):
         cancelled = isinstance(error, Cancelled)
-        told = Progress(CANCELLED if cancelled else FAILED, problems=() if cancelled else tuple(problems))
+        told = Progress(
+            CANCELLED if cancelled else FAILED, problems=tuple(p for p in problems if not cancelled or p != CANCELLED)
+        )
         _write(Path(os.environ[JOB]) / "progress.json", told)
 
 

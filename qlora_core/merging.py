@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from qlora_core import architecture, devices, footprint
 from qlora_core.config import replace
 from qlora_core.errors import ModelError, RunError
-from qlora_core.queue import worker_environment
+from qlora_core.queue import host_work, worker_environment
 from qlora_core.run_status import RUNNING
 from qlora_core.runs import Run, RunStore, lock
-from qlora_core.storage import write_json
+from qlora_core.storage import file_sha256, write_json
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 # On the disk, for each byte of the base; NF4 beside the merged model takes a quarter, and what is not quantised.
@@ -97,13 +98,26 @@ def folder_of(run: Run, onto: str, export: str) -> Path:
 
 def is_current(run: Run, folder: Path) -> bool:
     """Whether the folder is a merge of the adapter that the run has now."""
+    return (folder / "config.json").exists() and merges(run).get(folder.name, {}).get(
+        "adapter_sha256"
+    ) == adapter_sha256(run)
+
+
+def adapter_sha256(run: Run) -> str:
+    """Of the weights that the run has now; read again only when the file has changed."""
     weights = run.adapter / "adapter_model.safetensors"
-    return (folder / "config.json").exists() and folder.stat().st_mtime > weights.stat().st_mtime
+    state = weights.stat()
+    return _sha256(weights, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, changed_ns: int, size: int) -> str:
+    return file_sha256(path)
 
 
 def merges(run: Run) -> dict[str, dict[str, Any]]:
-    """Of each merge that was made, by its folder's name: "seconds", and of its process's host memory "peak_host_bytes" as
-    measured and "estimated_peak_host_bytes"."""
+    """Of each merge that was made, by its folder's name: "adapter_sha256", "seconds", and of its process's host memory
+    "peak_host_bytes" as measured and "estimated_peak_host_bytes"."""
     path = run.path / MERGES
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -118,16 +132,29 @@ def _merge(run: Run, onto: str, export: str, report: Callable[[str], None]) -> P
             f"{run.run_id}: its earlier merge {folder.name} is the base model of {', '.join(others)}, which a new merge would "
             "replace; delete those runs first, or copy that folder and train on the copy"
         )
+    with host_work(run.settings, report):
+        return _merge_now(run, onto, export, folder, report)
+
+
+def _merge_now(run: Run, onto: str, export: str, folder: Path, report: Callable[[str], None]) -> Path:
     check_disk(run, export)
     estimate = check_host_memory(run, onto, export)
     report(f"merging onto the {onto} base" + (", then quantising to NF4" if export == "nf4" else ""))
-    begun = time.monotonic()
+    begun, adapter = time.monotonic(), adapter_sha256(run)
     try:
         peak = _run_worker(run, onto, export)
     finally:  # however it ended, also by a kill
         for partial in (".partial", ".16bit", ".16bit.partial"):
             shutil.rmtree(folder.with_name(folder.name + partial), ignore_errors=True)
-    measured = {"seconds": time.monotonic() - begun, "estimated_peak_host_bytes": estimate, **peak}
+    if adapter_sha256(run) != adapter:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(f"{run.run_id}: its adapter changed while it was merged; merge it again")
+    measured = {
+        "adapter_sha256": adapter,
+        "seconds": time.monotonic() - begun,
+        "estimated_peak_host_bytes": estimate,
+        **peak,
+    }
     write_json(run.path / MERGES, {**merges(run), folder.name: measured})
     return folder
 

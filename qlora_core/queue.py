@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +14,7 @@ from qlora_core import devices, events
 from qlora_core.config import replace
 from qlora_core.errors import RunError
 from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, STOPPED, RunStatus
-from qlora_core.runs import READERS_SECONDS, Run, lock, queue_entries
+from qlora_core.runs import READERS_SECONDS, Run, handled, lock, queue_entries
 from qlora_core.settings import Settings
 
 CPU = "cpu"
@@ -61,6 +61,8 @@ def resume(run: Run, *, max_steps: int | None = None) -> None:
         raise RunError(f"{run.run_id}: is finished; to continue it, say for how many steps in all: --max-steps N")
     if status.state not in (STOPPED, CRASHED, FAILED, FINISHED):
         raise RunError(f"{run.run_id}: is {status.state}; only a run that has ended can be resumed")
+    if problem := handled(run, "resume"):
+        raise RunError(problem)
     if max_steps is not None:
         _lengthen(run, status, max_steps)
     add(run)
@@ -189,6 +191,19 @@ def _devices_for(run: Run) -> list[str]:
     if wanted == CPU or not found:
         return [CPU]
     return found
+
+
+@contextmanager
+def host_work(settings: Settings, report: Callable[[str], None]) -> Iterator[None]:
+    """One at a time on this machine: what takes as much host memory as a model has. Each looks at what is free when it begins."""
+    path = settings.locks / "host-work.lock"
+    with lock(path) as held:
+        if held is not None:
+            yield
+            return
+    report("waiting for another merge or proof on this machine to end")
+    with lock(path, wait=True):
+        yield
 
 
 @contextmanager

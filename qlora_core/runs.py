@@ -232,7 +232,7 @@ class RunStore:
         with lock(run.path / "lock", patience_seconds=READERS_SECONDS) as descriptor:
             if descriptor is None or run.queue_place():
                 raise RunError(f"{run.run_id}: is {state}; stop it before you delete it")
-            if problem := _handled(run) or self._needed(run):
+            if problem := handled(run, "delete") or self._needed(run):
                 raise RunError(problem)
             remove_folder(run.path)
             for copy in self.settings.downloads.glob(f"{run.run_id}*"):
@@ -247,7 +247,7 @@ class RunStore:
         return (
             f"{run.run_id}: is {state}; stop it before you delete it"
             if state in ACTIVE
-            else _handled(run) or self._needed(run)
+            else handled(run, "delete") or self._needed(run)
         )
 
     def _needed(self, run: Run) -> str | None:
@@ -281,13 +281,13 @@ class RunStore:
         return tuple(found)
 
 
-def _handled(run: Run) -> str | None:
-    """What somebody is doing with the run's files just now, as the reason why they must stay."""
+def handled(run: Run, what: str) -> str | None:
+    """What somebody is doing with the run's files just now, as the reason not to `what` it."""
     for name, doing in (("publish.lock", "pushed"), ("merge.lock", "merged")):
         if (run.path / name).exists():
             with lock(run.path / name, shared=True) as free:
                 if free is None:
-                    return f"{run.run_id}: is being {doing}; wait for that to end, then delete it"
+                    return f"{run.run_id}: is being {doing}; wait for that to end, then {what} it"
     return None
 
 

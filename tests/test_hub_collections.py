@@ -9,7 +9,8 @@ from hub_collections import Kept, add_collection, collections
 from hub_server import Hub, hub
 
 from qlora_core.errors import HubError
-from qlora_core.hub import CollectionItem, check_collection, push_collection
+from qlora_core.hub import CollectionItem, push_collection
+from qlora_core.hub.collections import check_collection
 
 MARK = "hf_SECRETMARKER"
 ALICE, READER, FINE, FINE_COLLECTS = f"{MARK}alice", f"{MARK}reader", f"{MARK}fine", f"{MARK}collects"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from test_hub_datasets import client
 from qlora_core.errors import HubError
 from qlora_core.hub import Pushed, PushPlan, dataset_push, report_push, versions
 from qlora_core.model_card import validate
+from qlora_core.publishing import report_part
 from qlora_core.report import report_files, write_report
 from qlora_core.report.readme import ROWS_AT_ONCE, loads_as_one_table, readme
 from qlora_core.report.tables import TABLES, tables
@@ -388,3 +390,13 @@ def test_a_table_with_two_columns_of_one_name_is_left_out_of_the_viewer() -> Non
     files = {name: content for name, content in files.items() if not name.endswith(".csv")} | {"runs.csv": b"a,a\r\n"}
     text = readme(json.loads(files["study.json"]), files, repo_id="alice/study")
     assert "viewer: false" in text and "load_dataset" not in text and validate(text) == []
+
+
+def test_rows_whose_licence_is_unknown_are_warned_of_and_a_report_without_them_is_not(
+    served: Hub, tmp_path: Path
+) -> None:
+    found: Any = SimpleNamespace(results=results, path=tmp_path)
+    asked = {"token": ALICE, "endpoint": served.url}
+    warning = report_part(found, "study", rows=True, **asked).warning
+    assert warning and "holds rows of the dataset" in warning and "licence of the dataset is unknown" in warning
+    assert report_part(found, "study", **asked).warning is None

@@ -173,3 +173,37 @@ def test_the_token_is_in_no_file_and_nothing_pushed_tells_of_this_machine(served
     here = str(run.settings.home.parent).encode()
     assert [path for path in served.objects.iterdir() if here in path.read_bytes()] == []
     assert not list(run.path.glob(".proof-*"))
+
+
+def test_nothing_is_sent_of_several_where_one_is_refused_and_no_merge_is_made_for_it(served: Hub, run: Run) -> None:
+    worse = {"what": "merged", "version": "v1", "eval_fingerprint": run.dataset().eval_fingerprint, "files": {}}
+    record = json.dumps(worse | {"metrics": {"trained_eval_loss": 1e-3}})
+    served.add_repo("alice/pair-merged", {"release.json": record, "config.json": "{}"}, kind="models", private=True)
+    served.add_repo("alice/held", {"adapter_config.json": "{}"}, kind="models", private=True)
+    done = lab(served, run, "push", run.run_id, "--repo-id", "pair", "--what", "adapter,merged", "--yes")
+    assert done.returncode == 2 and "% worse" in done.stderr and ("models", "alice/pair") not in served.repos
+    shutil.rmtree(run.path / "merged-original", ignore_errors=True)
+    done = lab(served, run, "push", run.run_id, "--repo-id", "held", "--what", "merged", "--plan")
+    assert done.returncode == 2 and "holds an adapter, so a whole model cannot" in done.stderr
+    assert not (run.path / "merged-original").exists(), "minutes of merging for what is refused anyway"
+
+
+def test_words_for_the_card_that_are_only_looked_at_are_not_kept(served: Hub, run: Run, tmp_path: Path) -> None:
+    (words := tmp_path / "card.yaml").write_text("notes: Only looked at.\n")
+    before = (run.path / "card.json").read_bytes() if (run.path / "card.json").exists() else None
+    said(lab(served, run, "push", run.run_id, "--repo-id", "looked", "--card", str(words), "--plan", "--json"))
+    after = (run.path / "card.json").read_bytes() if (run.path / "card.json").exists() else None
+    assert after == before and ("models", "alice/looked") not in served.repos
+
+
+def test_what_is_on_the_hub_is_on_record_even_if_its_tag_could_not_be_made(
+    served: Hub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "faults", [("POST", "/tag/", 403)])
+    done = lab(served, run, "push", run.run_id, "--repo-id", "untagged", "--yes")
+    assert done.returncode == 2 and "was pushed as commit" in done.stderr
+    assert [entry["repo_id"] for entry in published(run.path)][-1] == "alice/untagged"
+    monkeypatch.setattr(served, "faults", [])
+    (entry,) = said(lab(served, run, "push", run.run_id, "--repo-id", "untagged", "--yes", "--json"))["pushed"]
+    assert entry["proof"]["state"] == "proven"
+    assert [e["repo_id"] for e in published(run.path)].count("alice/untagged") == 1, "one commit, one record"

@@ -148,7 +148,8 @@ def test_the_api_shows_its_endpoints_and_no_other(lab):
     named = lab[0].view_api(return_format="dict", print_info=False)["named_endpoints"]
     studies = {"start_study", "study_status", "study_results", "stop_study", "resume_study", "list_studies"}
     assert set(named) == {
-        f"/{name}" for name in {"inspect_dataset", "start_run", "run_status", "stop_run", "list_runs"} | studies
+        f"/{name}"
+        for name in {"inspect_dataset", "start_run", "run_status", "stop_run", "list_runs", "push_run"} | studies
     }
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora_core import events, merging, models, queue
 from qlora_core.errors import ModelError, RunError
 from qlora_core.run_status import FINISHED
-from qlora_core.runs import Run, RunStore
+from qlora_core.runs import Run, RunStore, lock
 from qlora_core.worker import loading
 from qlora_core.worker.merging import export_nf4, merge_onto
 
@@ -113,11 +113,39 @@ def test_a_merge_is_made_once_and_again_after_a_new_adapter(qlora_run: Run, monk
     with monkeypatch.context() as patch:
         patch.setattr(merging.subprocess, "run", no_process)
         assert merging.merge(qlora_run, report=reported.append) == folder
-        newer = folder.stat().st_mtime_ns + 10**9
         weights = qlora_run.adapter / "adapter_model.safetensors"
-        os.utime(weights, ns=(newer, newer))
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + b"?")
+        os.utime(weights, ns=(0, 0))  # by its content, not by when it was written
         with pytest.raises(AssertionError, match="merged again"):
             merging.merge(qlora_run)
+        weights.write_bytes(before)
+
+
+def test_a_run_that_is_merged_or_pushed_is_not_resumed_meanwhile(qlora_run: Run) -> None:
+    for name, doing in (("merge.lock", "merged"), ("publish.lock", "pushed")):
+        with lock(qlora_run.path / name), pytest.raises(RunError, match=f"is being {doing}; .* then resume it"):
+            queue.resume(qlora_run, max_steps=100)
+
+
+def test_an_adapter_that_changes_while_it_is_merged_gives_no_merge(
+    qlora_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(qlora_run.path / "merged-dequantized", ignore_errors=True)
+    weights = qlora_run.adapter / "adapter_model.safetensors"
+    before = weights.read_bytes()
+
+    def changing(run: Run, onto: str, export: str) -> dict[str, Any]:
+        (run.path / "merged-dequantized").mkdir()
+        weights.write_bytes(before[:-1] + b"?")
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_run_worker", changing)
+        with pytest.raises(RunError, match="its adapter changed while it was merged"):
+            merging.merge(qlora_run)
+    assert not (qlora_run.path / "merged-dequantized").exists()
+    weights.write_bytes(before)
 
 
 def test_a_merge_that_fails_leaves_the_reason_and_no_half_model(tmp_path: Path) -> None:
@@ -214,7 +242,7 @@ def test_a_merge_keeps_the_number_type_of_an_fp16_run(tmp_path: Path, lora_run: 
 @pytest.fixture
 def merged_run(tmp_path: Path) -> Run:
     run = train_here(make_run(tmp_path, name="first lesson", max_steps=4, eval_steps=4))
-    merge_onto(run, "original")
+    merging.merge(run)
     return run
 
 

@@ -5,7 +5,7 @@ A Hub error becomes a sentence here (`reason`), whoever meets it. A token is pas
 
 from qlora_core.hub.access import Account, account, full_name, machine_token
 from qlora_core.hub.acting import acting_as, acting_token
-from qlora_core.hub.collections import CollectionItem, check_collection, push_collection
+from qlora_core.hub.collections import CollectionItem, plan_collection, push_collection
 from qlora_core.hub.datasets import dataset_push
 from qlora_core.hub.faults import hub_errors, reason
 from qlora_core.hub.files import RepoType
@@ -32,12 +32,12 @@ __all__ = [
     "account",
     "acting_as",
     "acting_token",
-    "check_collection",
     "dataset_push",
     "full_name",
     "hub_errors",
     "machine_token",
     "model_push",
+    "plan_collection",
     "probe",
     "push_collection",
     "reason",

@@ -64,10 +64,7 @@ def push_collection(
                     title, namespace=owner, description=description or None, private=private, exists_ok=True
                 )
             if private and not found.private:
-                raise HubError(
-                    f"collection {title!r}: is there already and is public, so its list would be too; choose another title, make "
-                    "it private on its page, or ask for a public one"
-                )
+                raise HubError(_public_already(title))
         held = {(item.item_type, item.item_id.casefold()) for item in found.items}
         for item in items:
             if (item.kind, item.repo_id.casefold()) in held:
@@ -76,6 +73,32 @@ def push_collection(
             with _collecting(f"collection {title!r}: {item} could not be added", who, owner, token):
                 api.add_collection_item(found.slug, item.repo_id, item.kind, note=item.note or None, exists_ok=True)
     return found.url
+
+
+def plan_collection(
+    title: str, namespace: str, *, token: str, private: bool = True, endpoint: str | None = None
+) -> str:
+    """What `push_collection` would do, as a sentence. Raises HubError where it would not do it."""
+    from huggingface_hub import HfApi
+
+    title = title.strip()
+    check_collection(title)
+    who = account(token, endpoint=endpoint)
+    _check_owner(title, who, namespace)
+    with _collecting(f"collection {title!r}", who, namespace, token):
+        found = _find(HfApi(endpoint=endpoint, token=token), title, namespace)
+    if found is None:
+        return f"collection {title!r} of {namespace}: is made, {'private' if private else 'public'}"
+    if private and not found.private:
+        raise HubError(_public_already(title))
+    return f"collection {title!r} of {namespace}: is added to; it is {'private' if found.private else 'public'}"
+
+
+def _public_already(title: str) -> str:
+    return (
+        f"collection {title!r}: is there already and is public, so its list would be too; choose another title, make "
+        "it private on its page, or ask for a public one"
+    )
 
 
 def check_collection(title: str, items: Sequence[CollectionItem] = (), *, description: str = "") -> None:

@@ -64,9 +64,10 @@ class Push:
         """Raises HubError where this cannot be pushed, whatever a person agrees to."""
         return self._planned()[0]
 
-    def run(self, agreed: str | None = None) -> Pushed:
+    def run(self, agreed: str | None = None, *, committed: Callable[[Pushed], object] = lambda _: None) -> Pushed:
         """Raises HubError, and then no commit was made or it says which. A repository that holds something is changed only as
-        `agreed`, the digest of the plan that somebody was shown."""
+        `agreed`, the digest of the plan that somebody was shown. `committed` is called as soon as it is on the Hub, before what
+        arrived is compared and tagged."""
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # `report` says what happens; bars would fill the log of a page or of a script
@@ -75,11 +76,13 @@ class Push:
             return self._unchanged(planned, remote)
         self._may(planned, agreed)
         info, planned, adds = self._committed(planned, agreed)
+        pushed = self._pushed(planned, info.oid, changed=True, pull_request=info.pr_url)
+        committed(pushed)
         compare(self.api, planned.repo_id, adds, info.oid, repo_type=self.kind, token=self.token)
         self.report(f"Checked: commit {info.oid[:8]}")
         if not self.pull_request:
             self._tag(planned, info.oid)
-        return self._pushed(planned, info.oid, changed=True, pull_request=info.pr_url)
+        return pushed
 
     def _pushed(self, planned: PushPlan, commit: str, *, changed: bool, pull_request: str | None = None) -> Pushed:
         hashes = {name: sha256(content) for name, content in self.files.items()}

@@ -12,10 +12,10 @@ from qlora_core.drift import for_card, read_drift
 from qlora_core.errors import RunError
 from qlora_core.hub.access import account, full_name
 from qlora_core.merging import merge, ways
-from qlora_core.model_card import Card, model_card
+from qlora_core.model_card import Card, CardText, model_card
 from qlora_core.publishing.proof import prove
 from qlora_core.publishing.record import card_text, published, record
-from qlora_core.run_status import ACTIVE, RUNNING
+from qlora_core.run_status import ACTIVE
 from qlora_core.runs import Run, lock
 from qlora_core.studies import StudyStore
 from qlora_core.study_results import StudyResults
@@ -23,7 +23,8 @@ from qlora_core.study_results import StudyResults
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be pushed and how; `onto` is the base that is merged into, `force` goes over a much better version."""
+    """What is to be pushed and how; `onto` is the base that is merged into, `force` goes over a much better version. `card`:
+    other words than those that are kept with the run."""
 
     what: str = "adapter"
     private: bool = True
@@ -32,6 +33,7 @@ class Publication:
     version: str = ""
     force: bool = False
     onto: str | None = None
+    card: CardText | None = None
 
 
 def prepare(
@@ -45,28 +47,32 @@ def prepare(
 ) -> tuple[Path, hub.Push]:
     """The folder and its push, whose `plan()` tells what it would change. Merges first where that is not there.
 
-    Raises HubError before that merge where the token or the name would not do, RunError for a run without an adapter.
+    Raises HubError, before that merge where token, name or repository would not do, RunError for a run without an adapter.
     """
-    if run.status().state == RUNNING:
-        raise RunError(f"{run.run_id}: is running; push it when it has ended, or stop it first")
+    if (state := run.status().state) in ACTIVE:
+        raise RunError(f"{run.run_id}: is {state}; push it when it has ended, or stop it first")
     result = run.result()
     if result is None or not (run.adapter / "adapter_model.safetensors").exists():
         raise RunError(f"{run.run_id}: has no adapter yet; only a finished or stopped run can be pushed")
-    name = full_name(repo_id, account(token, endpoint=endpoint))
+    name, release = full_name(repo_id, account(token, endpoint=endpoint)), release_of(run, result, how)
+    asked: dict[str, Any] = {
+        "private": how.private,
+        "revision": how.revision,
+        "pull_request": how.pull_request,
+        "force": how.force,
+        "endpoint": endpoint,
+        "report": report,
+    }
+    hub.Push(name, "model", token, release, {}, **asked).plan()  # before minutes of merging
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
     card = card_of(run, name, how)
     return folder, hub.model_push(
         folder,
         name,
         token=token,
-        release=release_of(run, result, how),
+        release=release,
         files={"README.md": card.text.encode(), **card.images},
-        private=how.private,
-        revision=how.revision,
-        pull_request=how.pull_request,
-        force=how.force,
-        endpoint=endpoint,
-        report=report,
+        **asked,
     )
 
 
@@ -80,7 +86,7 @@ def card_of(run: Run, repo_id: str, how: Publication) -> Card:
         onto=how.onto,
         study=_study_of(run),
         drift=for_card(read_drift(run)),
-        text=card_text(run),
+        text=how.card or card_text(run),
     )
 
 
@@ -127,13 +133,18 @@ def publish(run: Run, folder: Path, push: hub.Push, agreed: str) -> dict[str, An
     with lock(run.path / "publish.lock") as held:
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
-        pushed = push.run(agreed)
+
+        def committed(pushed: hub.Pushed) -> dict[str, Any]:
+            """It is on the Hub: nothing that goes wrong from here on may hide that."""
+            entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
+            record(run.path, entry)
+            return entry
+
+        pushed = push.run(agreed, committed=committed)
         for entry in published(run.path):
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
             if same and not pushed.changed and entry.get("proof", {}).get("state") == "proven":
                 return {**entry, "changed": False}
-        entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
-        record(run.path, entry)  # it is on the Hub: a kill in the proof must not hide that
-        entry = {**entry, "proof": prove(run, push, folder, pushed)}
+        entry = {**committed(pushed), "proof": prove(run, push, folder, pushed)}
         record(run.path, entry)
     return entry

@@ -12,7 +12,7 @@ from qlora_core.data.locate import LINEAGE
 from qlora_core.errors import RunError
 from qlora_core.model_card import licence_problems, licence_warning
 from qlora_core.publishing.models import publish
-from qlora_core.publishing.record import published, record
+from qlora_core.publishing.record import record
 from qlora_core.runs import Run
 from qlora_core.study import Study
 
@@ -38,10 +38,19 @@ def dataset_part(folder: Path, repo_id: str, *, private: bool, run: Run | None =
     return Part(push, warning or None, lambda agreed: _sent(push, agreed, "dataset", run and run.path))
 
 
-def report_part(study: Study, repo_id: str, **asked: Any) -> Part:
-    """A study's report. Raises HubError where nothing of the study has finished."""
-    push = hub.report_push(study.results(), repo_id, **asked)
-    return Part(push, None, lambda agreed: _sent(push, agreed, "report", study.path))
+def report_part(study: Study, repo_id: str, *, rows: bool = False, **asked: Any) -> Part:
+    """A study's report, with prompts and answers of held-out rows where asked. Raises HubError where nothing of the study has
+    finished."""
+    results = study.results()
+    licences = {run.config.dataset_license or None for run in results.runs if run.config}
+    warning = " ".join(licence_problems(sorted(licences, key=str))) if rows else ""
+    push = hub.report_push(results, repo_id, rows=rows, **asked)
+    warning = f"It holds rows of the dataset. {warning}" if warning else ""
+    return Part(
+        push,
+        f"It holds rows of the dataset. {warning}" if warning else None,
+        lambda agreed: _sent(push, agreed, "report", study.path),
+    )
 
 
 def dataset_of(run: Run) -> Path:
@@ -56,7 +65,10 @@ def dataset_of(run: Run) -> Path:
 
 
 def _sent(push: hub.Push, agreed: str, what: str, keeper: Path | None) -> dict[str, Any]:
-    entry = {**asdict(push.run(agreed)), "what": what, "at": time.time()}
-    if keeper and entry not in published(keeper):
-        record(keeper, entry)
-    return entry
+    def committed(pushed: hub.Pushed) -> dict[str, Any]:
+        entry = {**asdict(pushed), "what": what, "at": time.time()}
+        if keeper:
+            record(keeper, entry)
+        return entry
+
+    return committed(push.run(agreed, committed=committed))

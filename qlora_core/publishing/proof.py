@@ -11,7 +11,7 @@ from typing import Any
 from qlora_core import devices, hub
 from qlora_core.errors import HubError
 from qlora_core.hub.arrived import download
-from qlora_core.queue import worker_environment
+from qlora_core.queue import host_work, worker_environment
 from qlora_core.runs import Run
 
 # Of the bytes of the weights as they lie on the disk, 16 bits each as a rule.
@@ -19,7 +19,15 @@ NEEDED = {"float32": 2.2, "auto": 1.2}
 
 
 def prove(run: Run, push: hub.Push, folder: Path, pushed: hub.Pushed) -> dict[str, Any]:
-    """Whether what is on the Hub is what the folder holds: `state` "proven", "differs", or "failed" with its `reason`."""
+    """Whether what is on the Hub is what the folder holds: `state` "proven", "differs" or "failed", these with a `reason`."""
+    push.report("Downloading it again and loading it")
+    for left in run.path.glob(".proof-*"):  # of a push that was ended in the middle of this
+        shutil.rmtree(left, ignore_errors=True)
+    with host_work(run.settings, push.report):
+        return _prove(run, push, folder, pushed)
+
+
+def _prove(run: Run, push: hub.Push, folder: Path, pushed: hub.Pushed) -> dict[str, Any]:
     sent = sum(
         len(content) if isinstance(content, bytes) else content.stat().st_size for content in push.files.values()
     )
@@ -37,9 +45,6 @@ def prove(run: Run, push: hub.Push, folder: Path, pushed: hub.Pushed) -> dict[st
         return _failed(
             f"loading it needs {needed} of host memory, {_gib(available)} are free; end other programs, then push again"
         )
-    push.report("Downloading it again and loading it")
-    for left in run.path.glob(".proof-*"):  # of a push that was ended in the middle of this
-        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=run.path, prefix=".proof-") as cache:
         try:
             downloaded = download(pushed, Path(cache), token=push.token, endpoint=push.endpoint)
@@ -54,7 +59,10 @@ def prove(run: Run, push: hub.Push, folder: Path, pushed: hub.Pushed) -> dict[st
         last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
         return _failed(f"it could not be loaded: {last[:500]}")
     verdict = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"state": "proven" if verdict["same"] else "differs", "files": len(pushed.files), **verdict}
+    if verdict["same"]:
+        return {"state": "proven", "files": len(pushed.files), **verdict}
+    what = "its logits differ from" if verdict["same_tokens"] else "its tokenizer makes other tokens than"
+    return {"state": "differs", "files": len(pushed.files), "reason": f"{what} those of the model here", **verdict}
 
 
 def _failed(reason: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import yaml
 from qlora_core.errors import ConfigError
 from qlora_core.model_card import CardText
 from qlora_core.model_card.markdown import MOST_PROSE
-from qlora_core.runs import Run
+from qlora_core.runs import Run, lock
 from qlora_core.storage import write_json
 
 PUBLISHED, CARD = "published.json", "card.json"
@@ -23,9 +23,11 @@ def published(folder: Path) -> list[dict[str, Any]]:
 
 
 def record(folder: Path, entry: dict[str, Any]) -> None:
-    """In place of an earlier record of the same push."""
-    others = [other for other in published(folder) if (other["url"], other["at"]) != (entry["url"], entry["at"])]
-    write_json(folder / PUBLISHED, [*others, entry])
+    """In place of an earlier record of the same commit."""
+    same = (entry["url"], entry["commit"], entry["what"])
+    with lock(folder / "published.lock", wait=True):
+        others = [other for other in published(folder) if (other["url"], other["commit"], other["what"]) != same]
+        write_json(folder / PUBLISHED, [*others, entry])
 
 
 def card_text(run: Run) -> CardText:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from qlora_core import hub
-from qlora_core.errors import LabError
+from qlora_core.errors import HubError, LabError
 from qlora_core.publishing.agreement import Agreement
 from qlora_core.publishing.parts import Part
 
@@ -36,16 +36,29 @@ class Together:
     @cached_property
     def agreement(self) -> Agreement:
         """What a person must have seen before anything is sent. Raises HubError where one cannot be pushed, and then none is."""
-        if self.collection:
-            hub.check_collection(self.collection)
+        refused = [
+            why
+            for part, plan in zip(self.parts, self.plans, strict=True)
+            if not part.push.force
+            for why in plan.refusals
+        ]
+        if refused:
+            raise HubError(*refused)
         sentences = [sentence for plan in self.plans for sentence in plan.sentences()]
         if self.collection:
-            sentences.append(f"collection {self.collection!r}: holds {'all of them' if len(self.parts) > 1 else 'it'}")
-        warnings = tuple(dict.fromkeys(part.warning for part in self.parts if part.warning))
+            sentences.append(self._collection_planned())
+        told = [part.warning for part in self.parts if part.warning]
+        told += [why for plan in self.plans for why in (*plan.refusals, *plan.doubts)]
+        warnings = tuple(dict.fromkeys(told))
         digest = hashlib.sha256(" ".join([plan.digest for plan in self.plans] + [self.collection]).encode()).hexdigest()
         changes = any(plan.touches_others for plan in self.plans)
         sends = any(plan.changes_anything for plan in self.plans)
         return Agreement(tuple(sentences), warnings, digest, changes or (sends and bool(warnings)))
+
+    def _collection_planned(self) -> str:
+        token, endpoint = self.parts[0].push.token, self.parts[0].push.endpoint
+        owner = self.plans[0].repo_id.partition("/")[0]
+        return hub.plan_collection(self.collection, owner, token=token, private=self.private, endpoint=endpoint)
 
     def publish(self, agreed: str | None) -> dict[str, Any]:
         """{"pushed": a record each, "collection": its URL}. Raises NotAgreed before anything is sent, LabError naming what is on

@@ -10,7 +10,7 @@ from qlora_core.model_card import licence_warning
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
-from qlora_core.ui.identity import Identity
+from qlora_core.ui.identity import Identity, secret_of
 from qlora_core.ui.pushing import Pushing, Wish, repository
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
@@ -81,13 +81,18 @@ class PushPart:
         ]  # fmt: skip
         pushing = self.pushing
         pushing.connect(asked, identity, hidden)
-        run.change(self.show, run, [self.part, self.repository, self.warning, self.earlier, *pushing.outputs], **hidden)
+        run.change(
+            self.show,
+            [run, identity.token],
+            [self.part, self.repository, self.warning, self.earlier, *pushing.outputs],
+            **hidden,
+        )
         pushing.view.told.change(self.show_earlier, run, self.earlier, **hidden)
         self.card.connect([run, self.what, self.repository, onto], hidden)
         self.versions.connect(self.repository, identity, hidden)
 
-    def show(self, run_id: str | None) -> tuple[Any, ...]:
-        """The chosen run: its suggested repository, licence warning, earlier pushes, and a push of it that goes on."""
+    def show(self, signed_in: gr.OAuthToken | None, run_id: str | None, typed: str) -> tuple[Any, ...]:
+        """The chosen run: its suggested repository, licence warning, earlier pushes, and this person's push of it that goes on."""
         try:
             run = RunStore(self.settings).get(run_id or "")
             warning = licence_warning(run)
@@ -96,7 +101,7 @@ class PushPart:
         before = publishing.published(run.path)
         name = before[-1]["repo_id"] if before else safe_name(run.config().run_name())
         text = f'<p class="lab-warn">{esc(warning)}</p>' if warning else ""
-        job = jobs.running(["push", run.run_id], self.settings)
+        job = jobs.running(["push", run.run_id], self.settings, secret=secret_of(typed, signed_in))
         return gr.Column(visible=True), name, text, earlier_html(run), *self.pushing.watch(job)
 
     def show_earlier(self, run_id: str | None) -> str:

@@ -18,6 +18,7 @@ from qlora_core.tokens import load_tokenizer, render
 
 ROWS = 3
 TOKENS = 256
+SENTENCE = "What was sent is what arrived, if each number of this sentence is the same."
 
 
 def prove(run: Run, what: str, downloaded: Path, local: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -27,7 +28,7 @@ def prove(run: Run, what: str, downloaded: Path, local: Path, dtype: str = "floa
     theirs, ours = _rows(run, downloaded), _rows(run, local)
     same_tokens = [row.tolist() for row in theirs] == [row.tolist() for row in ours]
     found = {"rows": len(ours), "tokens": sum(map(len, ours)), "same_tokens": same_tokens, "dtype": dtype}
-    if not same_tokens or not ours:
+    if not same_tokens:
         return found | {"same": False, "largest_difference": None}
     here, there = (_logits(run, what, folder, ours, dtype) for folder in (local, downloaded))
     difference = max(float((a - b).abs().max()) for a, b in zip(here, there, strict=True))
@@ -45,7 +46,8 @@ def _rows(run: Run, folder: Path) -> list[torch.Tensor]:
         found.append(torch.tensor(ids, dtype=torch.long))
         if len(found) == ROWS:
             break
-    return found
+    # Held-out rows may be none, or none that the template takes.
+    return found or [torch.tensor(tokenizer(SENTENCE)["input_ids"], dtype=torch.long)]
 
 
 @torch.inference_mode()
