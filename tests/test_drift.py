@@ -17,7 +17,6 @@ from qlora_core.jobs import Cancelled
 from qlora_core.model_card import model_card
 from qlora_core.runs import Run, lock
 from qlora_core.worker import drift as worker
-from qlora_core.worker.merging import merge_onto
 
 # Rounding the sum to bf16 leaves a KL divergence of 5e-8 in fp32; NF4 beneath the original base instead one of 4e-5.
 FAITHFUL = 2e-6
@@ -82,7 +81,7 @@ def test_a_lora_merge_is_what_was_trained(lora_run: Run, tmp_path: Path) -> None
 
 def test_a_broken_merge_shows(copied: Run, tmp_path: Path) -> None:
     """What is measured is the folder that would be pushed. Larger norms change how sure it is, exchanged tokens what it says."""
-    weights = merge_onto(copied, "original") / "model.safetensors"
+    weights = merging.merge(copied, onto="original") / "model.safetensors"
     right = load_file(weights)
     scaled = {name: tensor * 2 if "norm" in name else tensor for name, tensor in right.items()}
     exchanged = {name: tensor.roll(1, 0) if "embed" in name else tensor for name, tensor in right.items()}

@@ -1,5 +1,6 @@
 """Reports of studies to the Hub through the true client against a Hub on loopback: what goes there, what stays, what changes."""
 
+import dataclasses
 import json
 import re
 import time
@@ -395,7 +396,10 @@ def test_a_table_with_two_columns_of_one_name_is_left_out_of_the_viewer() -> Non
 def test_rows_whose_licence_is_unknown_are_warned_of_and_a_report_without_them_is_not(
     served: Hub, tmp_path: Path
 ) -> None:
-    found: Any = SimpleNamespace(results=results, path=tmp_path)
+    unlicensed = results()
+    config = dataclasses.replace(unlicensed.runs[0].config, dataset_license=None)  # type: ignore[type-var]
+    runs = (dataclasses.replace(unlicensed.runs[0], config=config), *unlicensed.runs[1:])
+    found: Any = SimpleNamespace(results=lambda: dataclasses.replace(unlicensed, runs=runs), path=tmp_path)
     asked = {"token": ALICE, "endpoint": served.url}
     warning = report_part(found, "study", rows=True, **asked).warning
     assert warning and "holds rows of the dataset" in warning and "licence of the dataset is unknown" in warning

@@ -45,12 +45,8 @@ def report_part(study: Study, repo_id: str, *, rows: bool = False, **asked: Any)
     licences = {run.config.dataset_license or None for run in results.runs if run.config}
     warning = " ".join(licence_problems(sorted(licences, key=str))) if rows else ""
     push = hub.report_push(results, repo_id, rows=rows, **asked)
-    warning = f"It holds rows of the dataset. {warning}" if warning else ""
-    return Part(
-        push,
-        f"It holds rows of the dataset. {warning}" if warning else None,
-        lambda agreed: _sent(push, agreed, "report", study.path),
-    )
+    told = f"It holds rows of the dataset. {warning}" if warning else None
+    return Part(push, told, lambda agreed: _sent(push, agreed, "report", study.path))
 
 
 def dataset_of(run: Run) -> Path:
