@@ -1,4 +1,4 @@
-"""`push`, `versions` and `rollback` of the command line: models, datasets and reports to the Hub. Prints; decides nothing."""
+"""`push`, `probe`, `versions` and `rollback` of the command line: models, datasets and reports to the Hub. Prints; decides nothing."""
 
 import argparse
 import sys
@@ -67,8 +67,17 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("--token-from-stdin", action="store_true", help=argparse.SUPPRESS)  # jobs of the page
     command.set_defaults(command=_push)
 
-    command = commands.add_parser("versions", parents=[common], help="versions of a model on the Hub")
+    command = commands.add_parser(
+        "probe", parents=[common], help="ask the Hub who the token is, where it may write, and what is there already"
+    )
+    command.add_argument("repo_id", metavar="OWNER/NAME", nargs="?", help="of a push that is to come")
+    command.add_argument("--public", action="store_true", help="that push would be public")
+    _add_kind(command)
+    command.set_defaults(command=_probe)
+
+    command = commands.add_parser("versions", parents=[common], help="versions of a model or a dataset on the Hub")
     command.add_argument("repo_id", metavar="OWNER/NAME")
+    _add_kind(command)
     command.set_defaults(command=_versions)
 
     command = commands.add_parser("rollback", parents=[common], help="a new commit on the Hub with an earlier version")
@@ -76,7 +85,14 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("version")
     command.add_argument("--force", action="store_true", help="over what others changed there")
     command.add_argument("--plan", action="store_true", help="say what it would change, and change nothing")
+    _add_kind(command)
     command.set_defaults(command=_rollback)
+
+
+def _add_kind(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kind", choices=("model", "dataset"), default="model", help="default model; reports are datasets"
+    )
 
 
 def _token(options: argparse.Namespace) -> str:
@@ -210,8 +226,19 @@ def _shown(asked: publishing.Agreement) -> dict[str, Any]:
     return {**told, "needed": asked.needed}
 
 
+def _probe(options: argparse.Namespace, settings: Settings) -> int:
+    found = hub.probe(_token(options), options.repo_id, kind=options.kind, private=not options.public)
+    if options.json:
+        print_json({"ok": found.ok, "name": found.name, "namespaces": found.namespaces, "exists": found.exists,
+                    "private": found.private, "may_write": found.may_write, "problems": found.problems, "notes": found.notes})  # fmt: skip
+    else:
+        print("\n".join(sentence for sentence in found.sentences() if sentence not in found.problems))
+        print("\n".join(found.problems), file=sys.stderr) if found.problems else None
+    return 0 if found.ok else 2
+
+
 def _versions(options: argparse.Namespace, settings: Settings) -> int:
-    found = hub.versions(options.repo_id, get_token())
+    found = hub.versions(options.repo_id, get_token(), kind=options.kind)
     if options.json:
         print_json({"versions": [asdict(version) for version in found]})
         return 0
@@ -233,7 +260,9 @@ def _metrics(release: hub.Release) -> str:
 
 
 def _rollback(options: argparse.Namespace, settings: Settings) -> int:
-    back = hub.rollback(options.repo_id, options.version, _token(options), force=options.force, plan=options.plan)
+    back = hub.rollback(
+        options.repo_id, options.version, _token(options), kind=options.kind, force=options.force, plan=options.plan
+    )
     if options.json:
         print_json(asdict(back))
     elif options.plan:

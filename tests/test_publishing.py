@@ -207,3 +207,12 @@ def test_what_is_on_the_hub_is_on_record_even_if_its_tag_could_not_be_made(
     (entry,) = said(lab(served, run, "push", run.run_id, "--repo-id", "untagged", "--yes", "--json"))["pushed"]
     assert entry["proof"]["state"] == "proven"
     assert [e["repo_id"] for e in published(run.path)].count("alice/untagged") == 1, "one commit, one record"
+
+
+def test_the_hub_is_asked_from_the_shell(served: Hub, run: Run) -> None:
+    found = said(lab(served, run, "probe", "alice/not-there", "--json"))
+    assert found["ok"] and found["name"] == "alice" and found["exists"] is False
+    refused = lab(served, run, "probe", "bob/mine")
+    assert refused.returncode == 2 and "alice may not write" in refused.stderr and MARK not in refused.stdout
+    served.add_repo("alice/rows", {"a.txt": "a"})
+    assert said(lab(served, run, "versions", "rows", "--kind", "dataset", "--json"))["versions"] == []
