@@ -1,4 +1,4 @@
-"""`push`, `probe`, `versions` and `rollback` of the command line: models, datasets and reports to the Hub. Prints; decides nothing."""
+"""What the command line does on the Hub: pushes models, datasets and reports, asks, lists and goes back. Decides nothing."""
 
 import argparse
 import sys
@@ -229,8 +229,8 @@ def _shown(asked: publishing.Agreement) -> dict[str, Any]:
 def _probe(options: argparse.Namespace, settings: Settings) -> int:
     found = hub.probe(_token(options), options.repo_id, kind=options.kind, private=not options.public)
     if options.json:
-        print_json({"ok": found.ok, "name": found.name, "namespaces": found.namespaces, "exists": found.exists,
-                    "private": found.private, "may_write": found.may_write, "problems": found.problems, "notes": found.notes})  # fmt: skip
+        names = ("ok", "name", "namespaces", "exists", "private", "may_write", "problems", "notes")
+        print_json({name: getattr(found, name) for name in names})
     else:
         print("\n".join(sentence for sentence in found.sentences() if sentence not in found.problems))
         print("\n".join(found.problems), file=sys.stderr) if found.problems else None

@@ -117,12 +117,12 @@ def find(job_id: str, settings: Settings) -> Job | None:
     return Job(folder) if re.fullmatch(r"[0-9a-f]{24}", job_id) and (folder / "arguments.json").exists() else None
 
 
-def running(beginning: Sequence[str], settings: Settings, *, secret: str | None = None) -> Job | None:
-    """A job that goes on, whose arguments begin so, and that was started with this secret; that of a page that was closed, say."""
+def running(beginning: Sequence[str], settings: Settings) -> Job | None:
+    """A job that goes on and whose arguments begin so; that of a page that was closed, say. Not of one with a secret."""
     for path in (settings.home / "jobs").glob("*/arguments.json"):
         job = Job(path.parent)
         with suppress(OSError, ValueError):
-            ours = job.arguments[: len(beginning)] == list(beginning) and job.job_id == _id_of(job.arguments, secret)
+            ours = job.arguments[: len(beginning)] == list(beginning) and job.job_id == _id_of(job.arguments, None)
             progress = job.progress() if ours else None
             if progress and progress.state == RUNNING:
                 return job

@@ -88,7 +88,7 @@ def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool
 
 
 def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, part: PushPart) -> None:
-    shown, name, warning, earlier, *_ = part.show(None, run.run_id, ALICE)
+    shown, name, warning, earlier, *_ = part.show(run.run_id, "")
     assert shown.visible and "licence of the dataset is unknown" in warning
     assert name and "No push of this run so far" in earlier
     wanted = asked(run)
@@ -106,10 +106,7 @@ def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, p
     done, can_agree = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert "✓ Downloaded again and loaded: the logits are equal." in done and "version v1" in done and not can_agree
     assert served.repo("alice/page", "models").private
-    assert (
-        "alice/page v1" in part.show(None, run.run_id, ALICE)[3]
-        and part.show(None, run.run_id, ALICE)[1] == "alice/page"
-    )
+    assert "alice/page v1" in part.show(run.run_id, "")[3] and part.show(run.run_id, "")[1] == "alice/page"
     kept = [path for path in run.settings.home.rglob("*") if path.is_file()]
     assert not [path for path in kept if ALICE.encode() in path.read_bytes()], "the token is nowhere"
 
@@ -133,14 +130,14 @@ def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancell
     served.once.append(("PUT", "/cdn/", HOLD))
     begun = last(part.pushing.go_on, None, planned[0], ALICE, *wanted)
     assert served.holding.wait(60)
-    again = part.show(None, run.run_id, ALICE)[4:]
+    again = part.show(run.run_id, begun[-1])[4:]
     assert again[0] == begun[0] and again[1].active and "Sending" in again[2] and again[3].visible
-    assert part.show(None, run.run_id, "hf_another")[4] == "", "it is nobody else's to see or to end"
+    assert part.show(run.run_id, "")[4] == "", "it is nobody else's to see or to end"
     part.pushing.view.stop(begun[0])
     told, can_agree = told_at_the_end(part, begun)
     assert "Cancelled" in told and not can_agree
     assert [commit.title for commit in served.repo("alice/slow", "models").commits] == ["initial commit"]
-    assert part.show(None, run.run_id, ALICE)[4] == ""
+    assert part.show(run.run_id, "")[4] == ""
 
 
 def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPart) -> None:
@@ -151,7 +148,7 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
     job, _, failed, *_ = last(part.pushing.begin, None, ALICE, *asked(run, "bob/page"))
     assert not job
     assert "This cannot be pushed yet" in failed and "bob" in failed
-    assert part.show(None, "nothing", ALICE)[0].visible is False
+    assert part.show("nothing", "")[0].visible is False
 
 
 def test_on_a_space_nobody_pushes_as_its_owner(run: Run, part: PushPart, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import base64
 import re
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -63,9 +65,9 @@ class CardEditor:
             [run.change, what.input, name.blur, name.submit, onto.input],
             self.show_again, [self.open, *inputs], outputs, trigger_mode="always_last", **hidden,
         )  # fmt: skip
-        for component in self.fields.values():
+        for field, component in self.fields.items():
             changed = component.blur if isinstance(component, gr.Textbox) else component.input
-            changed(self.keep, inputs, outputs, trigger_mode="always_last", **hidden)
+            changed(partial(self.keep, field), [component, *shown], outputs, trigger_mode="always_last", **hidden)
 
     def fill(self, run_id: str | None) -> tuple[str, ...]:
         try:
@@ -74,11 +76,13 @@ class CardEditor:
             text = CardText()
         return tuple(getattr(text, name) for name in FIELDS)
 
-    def keep(self, run_id: str | None, what: list[str], name: str, onto: str, *texts: str) -> tuple[str, Any]:
-        """Keeps the words with the run, and shows the card with them."""
+    def keep(
+        self, field: str, text: str | None, run_id: str | None, what: list[str], name: str, onto: str
+    ) -> tuple[str, Any]:
+        """Keeps the words with the run, those of this field alone: another page may hold others; and shows the card with them."""
         try:
             run = RunStore(self.settings).get(run_id or "")
-            publishing.keep_card_text(run, CardText(**{n: text or "" for n, text in zip(FIELDS, texts, strict=True)}))
+            publishing.keep_card_text(run, replace(publishing.card_text(run), **{field: text or ""}))
         except LabError as error:
             return problems_panel(error.problems, title="Not kept"), gr.skip()
         return self.show(run_id, what, name, onto)
@@ -90,7 +94,10 @@ class CardEditor:
     def show(self, run_id: str | None, what: list[str], name: str, onto: str, *_: str) -> tuple[str, Any]:
         try:
             run = RunStore(self.settings).get(run_id or "")
-            return "", preview(run, "merged" if what == ["merged"] else "adapter", name, onto)
+            models = [one for one in what if one in publishing.MODELS]
+            if not models:
+                return "", "A dataset has a card of its own, which came with its preparation."
+            return "", preview(run, models[0], name, onto)
         except LabError as error:
             return problems_panel(error.problems, title="No card"), ""
 

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -32,6 +33,20 @@ def merged_zip(run: Run, folder: Path, settings: Settings, report: Report) -> Pa
     # Weights do not compress.
     name, top = f"{run.run_id}-{folder.name}.zip", safe_name(run.config().run_name())
     return zipped(folder, settings.downloads / name, top, report, zipfile.ZIP_STORED)
+
+
+def offered(file: Path, run: Run, settings: Settings) -> Path:
+    """A file of a run's as a download, without a second copy where the disk can do without."""
+    target = settings.downloads / f"{run.run_id}-{file.name}"
+    if target.exists() and target.stat().st_mtime >= file.stat().st_mtime:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another file system
+        shutil.copy2(file, target)
+    return target
 
 
 def study_zip(study: Study, settings: Settings) -> Path:

@@ -49,7 +49,7 @@ class JobView:
         if progress.state == jobs.RUNNING:
             return self._shown(job_id, progress_html(progress), active=True)
         if progress.state == jobs.CANCELLED:
-            return self._shown(job_id, CANCELLED)
+            return self._shown(job_id, CANCELLED + problems_panel(progress.problems, title="Before that"))
         if progress.state == jobs.FAILED:
             return self._shown(job_id, problems_panel(progress.problems, title=self.failed))
         return self._shown(job_id, self.ended(progress.result))

@@ -21,6 +21,19 @@ from qlora_core.ui.train_tab import TrainTab
 DATA, TRAIN, RUNS, COMPARE, PUBLISH = "data", "train", "runs", "compare", "publish"
 # Handlers of the page are no API; several people may use them at once, and none shows gradio's own spinner.
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+# The address says that Publish is open, so that a reload in the middle of a push comes back to it. Until the page has asked what
+# its address names, it stays as it is.
+TO_PUBLISH = """(selected) => {
+  const url = new URL(window.location);
+  url.searchParams.set('tab', 'publish');
+  window.history.replaceState(window.history.state, '', url);
+}"""
+FROM_PUBLISH = """(selected) => {
+  const url = new URL(window.location);
+  if (selected === '?') return;
+  url.searchParams.delete('tab');
+  window.history.replaceState(window.history.state, '', url);
+}"""
 CHECKING = '<p class="lab-hint" role="status">Checking the dataset and fetching the base model …</p>'
 # Uploads are copied out of gradio's cache, so what lies there for a day can go.
 DAY = 86_400
@@ -45,6 +58,8 @@ def build_app(settings: Settings) -> gr.Blocks:
                 publish = PublishTab(settings)
         identity.connect(HIDDEN)
         identity.on_load(demo, HIDDEN)
+        for pushing in (data.prepare.pushing, compare.push.pushing, publish.push.pushing):
+            pushing.remembered.render()
         picked = data.connect(train.fields["base_model"], train.fields, identity, HIDDEN)
         train.connect(data.chosen, picked, identity, HIDDEN)
         train_tab.select(train.bases, None, train.fields["base_model"], **HIDDEN)
@@ -52,7 +67,10 @@ def build_app(settings: Settings) -> gr.Blocks:
         compare.connect(compare_tab, [data_tab, train_tab, runs_tab, publish_tab], data.chosen, identity, HIDDEN)
         publish.connect(identity, HIDDEN)
         _connect_tabs(tabs, publish_tab, data, train, runs, compare, publish, identity)
-        _open_page(demo, tabs, runs, compare, settings)
+        publish_tab.select(None, runs.selected, None, js=TO_PUBLISH, **HIDDEN)
+        for other in (data_tab, train_tab, runs_tab, compare_tab):
+            other.select(None, runs.selected, None, js=FROM_PUBLISH, **HIDDEN)
+        _open_page(demo, tabs, runs, compare, publish, settings)
         data.on_load(demo, HIDDEN)
         add_endpoints(settings)
     return demo
@@ -104,8 +122,10 @@ def _connect_tabs(
     publish_tab.select(publish.choices, [publish.run, runs.selected], publish.run, **HIDDEN)
 
 
-def _open_page(demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, compare: CompareTab, settings: Settings) -> None:
-    def attach(request: gr.Request) -> tuple[str, str, Any]:
+def _open_page(
+    demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, compare: CompareTab, publish: PublishTab, settings: Settings
+) -> None:
+    def attach(request: gr.Request) -> tuple[str, str, Any, Any]:
         """A named study or run, or a running one, is shown at once; else the page opens with Data."""
         found = run_view.statuses(settings)
         named, study = (str(request.query_params.get(name) or "") for name in ("run", "study"))
@@ -114,8 +134,10 @@ def _open_page(demo: gr.Blocks, tabs: gr.Tabs, runs: RunsTab, compare: CompareTa
         run_id = named if known else first.run_id if first else ""
         busy = any(status.state in ACTIVE for status in found)
         tab = COMPARE if study_named(settings, study) else RUNS if known or busy else None
-        return run_id, study, gr.Tabs(selected=tab) if tab else gr.skip()
+        if request.query_params.get("tab") == PUBLISH:
+            return run_id, study, gr.Tabs(selected=PUBLISH), publish.choices(run_id)
+        return run_id, study, gr.Tabs(selected=tab) if tab else gr.skip(), gr.skip()
 
-    demo.load(attach, None, [runs.selected, compare.selected, tabs], **HIDDEN).then(
+    demo.load(attach, None, [runs.selected, compare.selected, tabs, publish.run], **HIDDEN).then(
         runs.tick, [runs.selected, runs.cursor], runs.outputs, **HIDDEN
     )

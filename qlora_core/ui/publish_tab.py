@@ -10,11 +10,12 @@ import gradio as gr
 from qlora_core import jobs
 from qlora_core.drift import HEADER, basis, read_drift, table
 from qlora_core.errors import LabError
+from qlora_core.gguf_export import export_gguf
 from qlora_core.merging import merge
 from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
-from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip
+from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip, offered
 from qlora_core.ui.identity import Identity
 from qlora_core.ui.job_view import JobView
 from qlora_core.ui.push_part import PushPart
@@ -31,10 +32,13 @@ WHY = {
 }
 
 EXPORTS = [("16-bit", "16bit"), ("NF4, 4-bit", "nf4")]
+GGUF = ("GGUF", "gguf")
 ABOUT = {
     "16bit": "As large as the base in 16 bits; loads anywhere, and can be the base model of a new run (Train, Base model).",
     "nf4": "About a quarter of the size; transformers loads it in 4 bits with bitsandbytes, and answers may differ a little. "
-    "It cannot be trained further: for that, merge in 16 bits.",
+    "It cannot be trained further: for that, merge in 16 bits. It is made of the original base: the dequantised one lies on the "
+    "values of 4 bits already, and rounding to them again would lose what was learnt.",
+    "gguf": "One file of 16-bit weights for llama.cpp and what is built on it, by llama.cpp’s own converter.",
 }
 
 
@@ -61,7 +65,8 @@ class PublishTab:
                 gr.HTML('<p class="lab-hint">One model without an adapter.</p>')
                 self.onto = gr.Radio(ONTO, value="dequantized", label="Merge onto", elem_id="onto")
                 self.why = gr.HTML("")
-                self.export = gr.Radio(EXPORTS, value="16bit", label="Weights", elem_id="export")
+                exports = [*EXPORTS, *([GGUF] if settings.gguf_converter else [])]
+                self.export = gr.Radio(exports, value="16bit", label="Weights of the download", elem_id="export")
                 self.about = gr.HTML(_hint(ABOUT["16bit"]), elem_id="export-about")
                 self.measure = gr.Button("Measure what each merge changes", elem_id="drift")
                 self.drift = JobView(settings, "drift", ended=drift_html, failed="Not measured")
@@ -75,8 +80,9 @@ class PublishTab:
         self.measure.click(self.measure_drift, self.run, self.drift.outputs, **hidden)
         self.drift.connect(hidden)
         self.push.connect(self.run, self.onto, identity, hidden)
-        self.export.input(lambda export: _hint(ABOUT[export]), self.export, self.about, **hidden)
-        self.onto.input(lambda onto: _hint(WHY[onto]), self.onto, self.why, **hidden)
+        how = [self.run, self.onto, self.export]
+        self.export.input(self.exported, how, [self.onto, self.why, self.about], **hidden)
+        self.onto.input(self.merged_onto, how, [self.why, self.export, self.about], **hidden)
         self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(
             None, None, None, js=follow("adapter-file"), **hidden
         )
@@ -90,6 +96,25 @@ class PublishTab:
         ids = [run_id for _, run_id in found]
         wanted = [run_id for run_id in (looked_at, current, *ids) if run_id in ids]
         return gr.Dropdown(choices=found, value=next(iter(wanted), None))
+
+    def exported(self, run_id: str | None, onto: str, export: str) -> tuple[Any, Any, str]:
+        """NF4 is made of the original base alone."""
+        moved = export == "nf4" and onto == "dequantized" and self._is_quantised(run_id)
+        return (
+            ("original", _hint(WHY["original"]), _hint(ABOUT[export]))
+            if moved
+            else (gr.skip(), gr.skip(), _hint(ABOUT[export]))
+        )
+
+    def merged_onto(self, run_id: str | None, onto: str, export: str) -> tuple[str, Any, Any]:
+        moved = export == "nf4" and onto == "dequantized"
+        return _hint(WHY[onto]), *(("16bit", _hint(ABOUT["16bit"])) if moved else (gr.skip(), gr.skip()))
+
+    def _is_quantised(self, run_id: str | None) -> bool:
+        try:
+            return RunStore(self.settings).get(run_id or "").config().method == "qlora"
+        except (LabError, OSError):
+            return False
 
     def nothing(self) -> str:
         return empty("Nothing to publish yet", "Start a run; when it has finished or stopped, its adapter is here.")
@@ -136,6 +161,9 @@ class PublishTab:
             try:
                 run = RunStore(self.settings).get(run_id or "")
                 chosen = onto if run.config().method == "qlora" else "original"
+                if export == GGUF[1]:
+                    told.append(offered(export_gguf(run, onto=chosen, report=told.append), run, self.settings))
+                    return
                 folder = merge(run, onto=chosen, export=export, report=told.append)
                 told.append(merged_zip(run, folder, self.settings, told.append))
             except LabError as error:

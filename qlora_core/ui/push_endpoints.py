@@ -51,4 +51,4 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
             raise HubError(*(progress.problems if progress else ()) or ("the push was cancelled",))
         return progress.result
 
-    gr.api(push_run, api_name="push_run", concurrency_limit=None)
+    gr.api(push_run, api_name="push_run", concurrency_limit=4)

@@ -4,13 +4,13 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core import jobs, publishing
+from qlora_core import publishing
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.model_card import licence_warning
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
-from qlora_core.ui.identity import Identity, secret_of
+from qlora_core.ui.identity import Identity
 from qlora_core.ui.pushing import Pushing, Wish, repository
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
@@ -83,7 +83,7 @@ class PushPart:
         pushing.connect(asked, identity, hidden)
         run.change(
             self.show,
-            [run, identity.token],
+            [run, pushing.remembered],
             [self.part, self.repository, self.warning, self.earlier, *pushing.outputs],
             **hidden,
         )
@@ -91,8 +91,8 @@ class PushPart:
         self.card.connect([run, self.what, self.repository, onto], hidden)
         self.versions.connect(self.repository, identity, hidden)
 
-    def show(self, signed_in: gr.OAuthToken | None, run_id: str | None, typed: str) -> tuple[Any, ...]:
-        """The chosen run: its suggested repository, licence warning, earlier pushes, and this person's push of it that goes on."""
+    def show(self, run_id: str | None, remembered: str) -> tuple[Any, ...]:
+        """The chosen run: its suggested repository, licence warning, earlier pushes, and this browser's own push of it."""
         try:
             run = RunStore(self.settings).get(run_id or "")
             warning = licence_warning(run)
@@ -101,8 +101,7 @@ class PushPart:
         before = publishing.published(run.path)
         name = before[-1]["repo_id"] if before else safe_name(run.config().run_name())
         text = f'<p class="lab-warn">{esc(warning)}</p>' if warning else ""
-        job = jobs.running(["push", run.run_id], self.settings, secret=secret_of(typed, signed_in))
-        return gr.Column(visible=True), name, text, earlier_html(run), *self.pushing.watch(job)
+        return gr.Column(visible=True), name, text, earlier_html(run), *self.pushing.again(remembered, run.run_id)
 
     def show_earlier(self, run_id: str | None) -> str:
         try:

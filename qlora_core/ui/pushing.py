@@ -41,7 +41,10 @@ class Pushing:
         with gr.Row(equal_height=True):
             self.look = gr.Button("What would change", elem_id=f"{name}-plan")
             self.push = gr.Button("Push", variant="primary", elem_id=f"{name}-go")
-        self.view = JobView(settings, name, ended=ended_html, failed="Not pushed")
+        # The last push of this browser, by its job, whose name nobody can guess: a reload finds it again, and nobody else does.
+        # The page renders it outside of the tabs: what is in one that was not opened yet has no value.
+        self.remembered = gr.BrowserState("", storage_key=f"qlora-lab-{name}", secret="qlora-lab-push", render=False)
+        self.view = JobView(settings, name, ended=ended_html, failed="The push did not end well")
         self.agree = gr.Button("Push just this", visible=False, variant="primary", elem_id=f"{name}-agree")
 
     @property
@@ -49,10 +52,10 @@ class Pushing:
         return [*self.view.outputs, self.agree]
 
     def connect(self, inputs: list[Any], identity: Identity, hidden: dict[str, Any]) -> None:
-        asked, job = [identity.token, *inputs], self.view.job
-        self.look.click(self.plan, asked, self.outputs, **hidden)
-        self.push.click(self.begin, asked, self.outputs, **hidden)
-        self.agree.click(self.go_on, [job, *asked], self.outputs, **hidden)
+        asked, job, started = [identity.token, *inputs], self.view.job, [*self.outputs, self.remembered]
+        self.look.click(self.plan, asked, started, **hidden)
+        self.push.click(self.begin, asked, started, **hidden)
+        self.agree.click(self.go_on, [job, *asked], started, **hidden)
         self.view.connect(hidden)
         # Only what has ended can be agreed to; while it goes on, the button is hidden by what began it.
         self.view.told.change(self.can_agree, job, self.agree, **hidden)
@@ -103,17 +106,23 @@ class Pushing:
         if not secret:
             problems.append(NO_TOKEN)
         if wish and secret:
-            yield self.watch(None, ASKING)
+            yield *self.watch(None, ASKING), gr.skip()
             for name, kind in wish.repositories.items():
                 scope = scope_of(typed, signed_in)
                 found = probe(secret, name, kind=kind, private=wish.private, also=wish.also, scope=scope)
                 told = (problem.removeprefix("account: ") for problem in found.problems)
                 problems += [problem for problem in told if problem not in problems]
         if problems:
-            yield self.watch(None, problems_panel(problems, title="This cannot be pushed yet"))
+            yield *self.watch(None, problems_panel(problems, title="This cannot be pushed yet")), gr.skip()
             return
         assert wish is not None, "without one there is a problem"
-        yield self.watch(jobs.start([*wish.arguments, *more, "--json"], self.settings, secret=secret, again=True))
+        job = jobs.start([*wish.arguments, *more, "--json"], self.settings, secret=secret, again=True)
+        yield *self.watch(job), job.job_id
+
+    def again(self, remembered: str, source: str) -> tuple[Any, ...]:
+        """Outputs that follow this browser's last push of the source, or show how it ended."""
+        job = jobs.find(str(remembered), self.settings)
+        return self.watch(job if job and job.arguments[:2] == ["push", source] else None)
 
 
 def ended_html(result: dict[str, Any]) -> str:

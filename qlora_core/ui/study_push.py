@@ -4,11 +4,11 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core import jobs, publishing
+from qlora_core import publishing
 from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
-from qlora_core.ui.identity import Identity, secret_of
+from qlora_core.ui.identity import Identity
 from qlora_core.ui.pushing import Pushing, Wish, repository
 from qlora_core.ui.uploads import safe_name
 
@@ -38,19 +38,17 @@ class StudyPush:
 
     def connect(self, study: gr.Textbox, identity: Identity, hidden: dict[str, Any]) -> None:
         self.pushing.connect([study, self.repository, self.public, self.rows], identity, hidden)
-        study.change(self.show, [study, identity.token], [self.repository, *self.pushing.outputs], **hidden)
+        study.change(self.show, [study, self.pushing.remembered], [self.repository, *self.pushing.outputs], **hidden)
 
-    def show(self, signed_in: gr.OAuthToken | None, study_id: str, typed: str) -> tuple[Any, ...]:
-        """The repository that a study went to, or a name for one; and this person's push of it that goes on."""
+    def show(self, study_id: str, remembered: str) -> tuple[Any, ...]:
+        """The repository that a study went to, or a name for one; and this browser's own push of it."""
         try:
             study = StudyStore(self.settings).get(study_id)
             before = publishing.published(study.path)
             name = before[-1]["repo_id"] if before else f"{safe_name(study.name)}-report"
         except (LabError, OSError):
             return "", *self.pushing.watch(None)
-        return name, *self.pushing.watch(
-            jobs.running(["push", study.study_id], self.settings, secret=secret_of(typed, signed_in))
-        )
+        return name, *self.pushing.again(remembered, study.study_id)
 
     def wish(self, study_id: str, name: str, public: bool, rows: bool) -> Wish:
         """Raises LabError with all that is missing."""

@@ -100,6 +100,7 @@ footer .divider { display: none; }
 .lab-status .now { margin-left: auto; font-variant-numeric: tabular-nums; }
 .lab-status .now::before { content: "●"; color: var(--muted); margin-right: 7px; font-size: .8em; }
 .lab-status .now.busy::before { color: var(--running); }
+#card-preview code { overflow-wrap: anywhere; }
 .lab-step { margin: 4px 0 0; font-size: 1.02rem; font-weight: 600; display: flex; gap: 10px; align-items: center; }
 .lab-step i { font-style: normal; width: 24px; height: 24px; border-radius: 50%; display: inline-grid;
   place-items: center; font-size: .85rem; background: var(--neutral-200); color: var(--neutral-800); }

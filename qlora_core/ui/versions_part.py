@@ -7,17 +7,19 @@ import gradio as gr
 
 from qlora_core import hub
 from qlora_core.errors import LabError
-from qlora_core.hub import RolledBack, Version
+from qlora_core.hub import RepoType, RolledBack, Version
 from qlora_core.ui.identity import Identity, secret_of
 from qlora_core.ui.pushing import NO_TOKEN, repository
 from qlora_core.ui.words import empty, esc, problems_panel
 
+KINDS = [("model", "model"), ("dataset or report", "dataset")]
 HEADER = ("version", "what", "measured", "against the one before", "rows", "commit")
 
 
 class VersionsPart:
     def __init__(self) -> None:
         with gr.Accordion("Versions on the Hub", open=False, elem_id="versions"):
+            self.kind = gr.Radio(KINDS, value="model", label="Of a", elem_id="versions-kind")
             self.show = gr.Button("Show versions of this repository", elem_id="versions-show")
             self.table = gr.HTML("", elem_id="versions-table")
             with gr.Row(visible=False, elem_classes="lab-ask", elem_id="versions-back") as self.back:
@@ -31,16 +33,16 @@ class VersionsPart:
 
     def connect(self, repo: gr.Textbox, identity: Identity, hidden: dict[str, Any]) -> None:
         listed = [self.table, self.back, self.version, self.told]
-        asked = [repo, identity.token, self.version, self.force]
-        self.show.click(self.list, asked[:2], listed, **hidden)
+        asked = [repo, self.kind, identity.token, self.version, self.force]
+        self.show.click(self.list, asked[:3], listed, **hidden)
         # Another repository has other versions; going back to one of these would ask that one for them.
-        repo.change(self.nothing, None, listed, **hidden)
+        gr.on([repo.change, self.kind.input], self.nothing, None, listed, **hidden)
         self.look.click(self.plan, asked, self.told, **hidden)
-        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:2], listed[:3], **hidden)
+        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:3], listed[:3], **hidden)
 
-    def list(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> tuple[Any, ...]:
+    def list(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str) -> tuple[Any, ...]:
         try:
-            found = hub.versions(repository(repo), secret_of(typed, signed_in))
+            found = hub.versions(repository(repo), secret_of(typed, signed_in), kind=kind)
         except LabError as error:
             return problems_panel(error.problems, title="No versions"), gr.Row(visible=False), gr.skip(), ""
         names = [version.version for version in found if not version.current]
@@ -50,25 +52,25 @@ class VersionsPart:
     def nothing(self) -> tuple[Any, ...]:
         return "", gr.Row(visible=False), gr.Dropdown(choices=[], value=None), ""
 
-    def list_again(self, signed_in: gr.OAuthToken | None, repo: str, typed: str) -> tuple[Any, ...]:
+    def list_again(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str) -> tuple[Any, ...]:
         """What was told of the way back stays."""
-        return self.list(signed_in, repo, typed)[:3]
+        return self.list(signed_in, repo, kind, typed)[:3]
 
-    def plan(self, signed_in: gr.OAuthToken | None, repo: str, typed: str, version: str | None, force: bool) -> str:
-        return self._back(secret_of(typed, signed_in), repo, version, force, plan=True)
+    def plan(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, *which: Any) -> str:
+        return self._back(secret_of(typed, signed_in), repo, kind, *which, plan=True)
 
-    def roll_back(
-        self, signed_in: gr.OAuthToken | None, repo: str, typed: str, version: str | None, force: bool
+    def roll_back(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, *which: Any) -> str:
+        return self._back(secret_of(typed, signed_in), repo, kind, *which, plan=False)
+
+    def _back(
+        self, secret: str | None, repo: str, kind: RepoType, version: str | None, force: bool, *, plan: bool
     ) -> str:
-        return self._back(secret_of(typed, signed_in), repo, version, force, plan=False)
-
-    def _back(self, secret: str | None, repo: str, version: str | None, force: bool, *, plan: bool) -> str:
         problems = [
             text for text, missing in ((NO_TOKEN, not secret), ("no version is chosen", not version)) if missing
         ]
         try:
             if not problems:
-                back = hub.rollback(repository(repo), str(version), str(secret), force=force, plan=plan)
+                back = hub.rollback(repository(repo), str(version), str(secret), kind=kind, force=force, plan=plan)
                 return told_html(back, plan=plan)
         except LabError as error:
             problems += error.problems
