@@ -222,6 +222,23 @@ class Hub(State):
         request = {"pullRequestUrl": f"{url.partition('/commit/')[0]}/discussions/{number}"} if proposed else {}
         return JSONResponse({"success": True, "commitOid": commit.oid, "commitUrl": url, **request})
 
+    @endpoint("GET", "/api/{repo}/discussions")
+    def discussions(self, call: Call, repo: Repo) -> Response:
+        """All that there are are pull requests, and open."""
+        numbers = sorted(int(ref.removeprefix("refs/pr/")) for ref in repo.refs if ref.startswith("refs/pr/"))
+        told = {"status": "open", "isPullRequest": True, "author": {"name": repo.owner}}
+        told |= {"repo": {"name": repo.id, "type": repo.kind.removesuffix("s")}}
+        found = [
+            {
+                **told,
+                "num": number,
+                "title": repo.at(f"refs/pr/{number}").title,
+                "createdAt": repo.at(f"refs/pr/{number}").date,
+            }
+            for number in numbers
+        ]
+        return JSONResponse({"discussions": found, "count": len(found), "start": 0})
+
     @endpoint("POST", "/api/{repo}/(?P<group>branch|tag)/{revision}", write=True)
     def make_ref(self, call: Call, repo: Repo, group: str, revision: str) -> Response:
         """A branch is named in the path and starts elsewhere; a tag is named in the body and the path says where it points."""

@@ -349,6 +349,10 @@ def test_a_branch_and_a_pull_request_leave_the_main_branch_as_it_is(served: Hub,
     assert proposed.pull_request == f"{served.url}/alice/mine/discussions/1"
     assert (repo.at("refs/pr/1").oid, repo.head.oid) == (proposed.commit, first.commit)
     assert "refs/tags/v3" not in repo.refs
+    again = push(served, weights(adapter, "third"), pull_request=True)
+    assert (again.pull_request, again.commit, again.changed) == (proposed.pull_request, proposed.commit, False)
+    assert "refs/pr/2" not in repo.refs, "one proposal is made once"
+    assert push(served, weights(adapter, "fourth"), pull_request=True).pull_request.endswith("/discussions/2")  # type: ignore[union-attr]
     with pytest.raises(HubError, match="leave the revision out"):
         push(served, adapter, pull_request=True, revision="trial")
     with pytest.raises(HubError, match="revision 'v1' is a tag"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import VOCABULARY, make_run, model_folder, tokenizer, train_here
+from tiny_models import VOCABULARY, dequantized, make_run, model_folder, tokenizer, train_here
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_core import devices, merging
@@ -20,7 +20,6 @@ from qlora_core.worker import loading, merged_weights
 from qlora_core.worker import merging as worker
 from qlora_core.worker.hardware import DTYPES
 from qlora_core.worker.merging import computed_in, merge_onto
-from qlora_core.worker.quantising import QUANTISED, dequantized_weight, forget_quantisation, plain_layer
 
 CPU = torch.device("cpu")
 
@@ -37,13 +36,7 @@ def merged_at_once(run: Run, onto: str, folder: Path) -> dict[str, torch.Tensor]
         run.base_model().folder, run.config(), device=CPU, dtype=dtype, four_bit=onto == "dequantized"
     )
     if onto == "dequantized":
-        for name, module in list(base.named_modules()):
-            if isinstance(module, QUANTISED):
-                plain = plain_layer(module)
-                plain.weight = torch.nn.Parameter(dequantized_weight(module, DTYPES[dtype]), requires_grad=False)
-                base.set_submodule(name, plain)
-        forget_quantisation(base)
-        base.to(DTYPES[dtype])
+        base = dequantized(base, DTYPES[dtype])
     merged = PeftModel.from_pretrained(base, str(run.adapter)).merge_and_unload()
     merged.to(torch.bfloat16).save_pretrained(folder)
     return load_file(folder / "model.safetensors")

@@ -12,7 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from test_combining import problems
 from test_targets import told
 from test_worker_combining import combined
-from tiny_models import adapter, eval_losses, losses, make_run, model_folder, said, train_here
+from tiny_models import adapter, dequantized, eval_losses, losses, make_run, model_folder, said, train_here
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +25,7 @@ from qlora_core.worker import loading, passes
 from qlora_core.worker.batches import Row, loss_sum, make_pass
 from qlora_core.worker.fused import problem_with
 from qlora_core.worker.merging import export_nf4, merge_onto
-from qlora_core.worker.quantising import Int8Linear, dequantize, in_int8
+from qlora_core.worker.quantising import Int8Linear, in_int8
 
 CPU = torch.device("cpu")
 # Of two decoder layers: attention of the first in 4 bits but its value, in int8 as the MLP of the second; the rest in 16 bits.
@@ -73,7 +73,7 @@ def test_layers_of_gpt2_lie_the_other_way_round_and_come_back_so() -> None:
     assert found["0.attn.c_attn"] == "Linear4bit" and found["1.mlp.c_proj"] == "Int8Linear"
     assert found["0.mlp.c_fc"] == found["1.attn.c_attn"] == "Conv1D"
     original = loading.load_base(model_folder("gpt2"), config_of(method="lora"), device=CPU, dtype="fp32")
-    back = dequantize(model, torch.float32)
+    back = dequantized(model, torch.float32)
     assert set(kinds(back).values()) == {"Conv1D"}
     for name, tensor in original.state_dict().items():
         apart = (back.state_dict()[name] - tensor).norm()
@@ -187,7 +187,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def test_adapters_on_all_three_kinds_learn_what_they_would_on_the_dequantised_base(name: str) -> None:
     config = config_of(name)
     found = gradients(loading.add_adapter(loaded(name), config, base_name="tiny"))
-    plain = dequantize(loaded(name), torch.float32)
+    plain = dequantized(loaded(name), torch.float32)
     layers = len(kinds(plain))
     expected = gradients(loading.add_adapter(plain, config, base_name="tiny"))
     assert found.keys() == expected.keys() and len(found) == 2 * layers
@@ -320,7 +320,7 @@ def test_a_merge_on_a_cpu_finds_the_weights_that_a_gpu_trained_with(name: str) -
     config, folder = config_of(name), model_folder(name, torch.bfloat16)
     bases = [loading.load_base(folder, config, device=torch.device(kind), dtype="bf16") for kind in ("cuda", "cpu")]
     assert bases[0].is_loaded_in_4bit and bases[0].is_loaded_in_8bit
-    on_gpu, on_cpu = (dequantize(base, torch.bfloat16).state_dict() for base in bases)
+    on_gpu, on_cpu = (dequantized(base, torch.bfloat16).state_dict() for base in bases)
     assert all(torch.equal(tensor, on_gpu[key].cpu()) for key, tensor in on_cpu.items())
 
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from helpers import settings_in, write_rows
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from qlora_core import events
@@ -25,6 +25,7 @@ from qlora_core.config import TrainConfig
 from qlora_core.errors import LabError
 from qlora_core.events import Event
 from qlora_core.runs import Run, RunStore
+from qlora_core.worker.quantising import QUANTISED, dequantized_weight, forget_quantisation, plain_layer
 from qlora_core.worker.training import train
 
 torch.set_num_threads(1)
@@ -204,3 +205,14 @@ def adapter(run: Run) -> dict[str, torch.Tensor]:
 
 def adapter_bytes(run: Run) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with every quantised layer as it was before, with the weights that it held in 4 or 8 bits; all at once."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QUANTISED):
+            plain = plain_layer(module)
+            plain.weight = torch.nn.Parameter(dequantized_weight(module, dtype), requires_grad=False)
+            model.set_submodule(name, plain)
+    forget_quantisation(model)
+    return model.to(dtype)

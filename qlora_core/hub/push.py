@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from qlora_core.errors import HubError
@@ -9,12 +10,13 @@ from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, compare, git_oid, sha256
 from qlora_core.hub.plans import PushPlan, plan
 from qlora_core.hub.releases import RECORD, Release, check_revision, check_version
-from qlora_core.hub.repos import Remote, url_of
+from qlora_core.hub.repos import Remote, read_release, url_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 STALE, TAKEN = 412, 409
+MOST_PROPOSALS = 20  # open pull requests that are looked through for the same one
 LARGE_BYTES = 50_000_000  # a file that is worth a word of its own on the way
 
 
@@ -75,6 +77,9 @@ class Push:
         if not planned.changes_anything:
             return self._unchanged(planned, remote)
         self._may(planned, agreed)
+        if self.pull_request and (proposed := self._proposed(planned)):
+            self.report(f"Checked: {proposed.pull_request} proposes exactly these files already")
+            return proposed
         info, planned, adds = self._committed(planned, agreed)
         pushed = self._pushed(planned, info.oid, changed=True, pull_request=info.pr_url)
         committed(pushed)
@@ -83,6 +88,19 @@ class Push:
         if not self.pull_request:
             self._tag(planned, info.oid)
         return pushed
+
+    def _proposed(self, planned: PushPlan) -> Pushed | None:
+        """An open pull request with just these files, of an earlier push."""
+        hashes = {name: (sha256(content), git_oid(content)) for name, content in self.files.items()}
+        with hub_errors(f"{self.kind} {planned.repo_id!r}", self.token):
+            asked = {"repo_type": self.kind, "discussion_type": "pull_request", "discussion_status": "open"}
+            for one in islice(self.api.get_repo_discussions(planned.repo_id, **asked), MOST_PROPOSALS):
+                commit = self.api.repo_info(planned.repo_id, repo_type=self.kind, revision=f"refs/pr/{one.num}").sha
+                record = read_release(self.api, planned.repo_id, self.kind, commit)
+                if record and record.files == hashes:
+                    found = self._pushed(planned, commit or "", changed=False, pull_request=one.url)
+                    return replace(found, version=record.version)
+        return None
 
     def _pushed(self, planned: PushPlan, commit: str, *, changed: bool, pull_request: str | None = None) -> Pushed:
         hashes = {name: sha256(content) for name, content in self.files.items()}

@@ -3,7 +3,7 @@
 from qlora_core.publishing.agreement import UNSEEN, Agreement, NotAgreed
 from qlora_core.publishing.models import Publication, card_of, prepare
 from qlora_core.publishing.parts import Part, dataset_of, dataset_part, model_part, report_part
-from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text
+from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text, shown
 from qlora_core.publishing.together import Together, repositories
 
 MODELS = ("adapter", "merged")
@@ -29,4 +29,5 @@ __all__ = [
     "read_card_text",
     "report_part",
     "repositories",
+    "shown",
 ]

@@ -136,7 +136,8 @@ def publish(run: Run, folder: Path, push: hub.Push, agreed: str) -> dict[str, An
 
         def committed(pushed: hub.Pushed) -> dict[str, Any]:
             """It is on the Hub: nothing that goes wrong from here on may hide that."""
-            entry = {**asdict(pushed), "what": push.release.what, "at": time.time(), "proof": {"state": "pending"}}
+            entry = {**asdict(pushed), "what": push.release.what, "private": push.private, "at": time.time()}
+            entry["proof"] = {"state": "pending"}
             record(run.path, entry)
             return entry
 

@@ -62,7 +62,7 @@ def dataset_of(run: Run) -> Path:
 
 def _sent(push: hub.Push, agreed: str, what: str, keeper: Path | None) -> dict[str, Any]:
     def committed(pushed: hub.Pushed) -> dict[str, Any]:
-        entry = {**asdict(pushed), "what": what, "at": time.time()}
+        entry = {**asdict(pushed), "what": what, "private": push.private, "at": time.time()}
         if keeper:
             record(keeper, entry)
         return entry

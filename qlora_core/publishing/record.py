@@ -1,6 +1,7 @@
 """What the folder of a run or a study keeps of its publication: each push that was made, a person's words for the card."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ def published(folder: Path) -> list[dict[str, Any]]:
     """Every push that was made of what the folder of a run or a study holds, oldest first."""
     path = folder / PUBLISHED
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def shown(folder: Path) -> list[dict[str, Any]]:
+    """Those that every visitor may know of: on a Space, which has many, no private repository."""
+    return [entry for entry in published(folder) if not (os.environ.get("SPACE_ID") and entry["private"])]
 
 
 def record(folder: Path, entry: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
         onto: str = "",
         version: str = "",
         collection: str = "",
+        revision: str = "",
+        pull_request: bool = False,
         plan: bool = False,
         agreed: str = "",
         force: bool = False,
@@ -41,9 +43,13 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
             raise HubError(NO_TOKEN_FOR_CLIENT)
         run = RunStore(settings).get(run_id)
         given = {"repo-id": repository(repo_id), "what": what, "onto": onto, "version": version}
-        given |= {"collection": collection, "agreed": agreed}
+        given |= {"collection": collection, "revision": revision, "agreed": agreed}
         arguments = [f"--{name}={value}" for name, value in given.items() if value]
-        arguments += [f"--{name}" for name, on in {"public": public, "plan": plan, "force": force}.items() if on]
+        arguments += [
+            f"--{name}"
+            for name, on in {"public": public, "pull-request": pull_request, "plan": plan, "force": force}.items()
+            if on
+        ]
         job = jobs.start(["push", run.run_id, *arguments, "--json"], settings, secret=secret, again=True)
         while (progress := job.progress()) and progress.state == jobs.RUNNING:
             time.sleep(LOOK_SECONDS)

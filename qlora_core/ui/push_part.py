@@ -98,7 +98,7 @@ class PushPart:
             warning = licence_warning(run)
         except (LabError, OSError):
             return gr.Column(visible=False), gr.skip(), "", "", *self.pushing.watch(None)
-        before = publishing.published(run.path)
+        before = publishing.shown(run.path)
         name = before[-1]["repo_id"] if before else safe_name(run.config().run_name())
         text = f'<p class="lab-warn">{esc(warning)}</p>' if warning else ""
         return gr.Column(visible=True), name, text, earlier_html(run), *self.pushing.again(remembered, run.run_id)
@@ -142,7 +142,7 @@ class PushPart:
 
 def earlier_html(run: Run) -> str:
     """Pushes of this run that were recorded, the newest first."""
-    found = publishing.published(run.path)
+    found = publishing.shown(run.path)
     if not found:
         return empty(
             "No push of this run so far", "What arrives is downloaded again, loaded, and compared with what is here."

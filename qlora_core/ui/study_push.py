@@ -44,7 +44,7 @@ class StudyPush:
         """The repository that a study went to, or a name for one; and this browser's own push of it."""
         try:
             study = StudyStore(self.settings).get(study_id)
-            before = publishing.published(study.path)
+            before = publishing.shown(study.path)
             name = before[-1]["repo_id"] if before else f"{safe_name(study.name)}-report"
         except (LabError, OSError):
             return "", *self.pushing.watch(None)
