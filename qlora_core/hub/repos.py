@@ -26,10 +26,6 @@ class Remote:
     release: Release | None
     private: bool | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        return not set(self.files) - set(HUBS_OWN)
-
 
 def look(api: "HfApi", repo_id: str, kind: RepoType, *, revision: str = "main", private: bool = False) -> Remote | None:
     """None where there is no such repository. A revision that is not there starts from the main branch. Raises HubError where the

@@ -10,7 +10,6 @@ from typing import Any
 from qlora_core import hub
 from qlora_core.drift import for_card, read_drift
 from qlora_core.errors import RunError
-from qlora_core.hub.access import account, full_name
 from qlora_core.merging import merge, ways
 from qlora_core.model_card import Card, CardText, model_card
 from qlora_core.publishing.proof import prove
@@ -54,7 +53,7 @@ def prepare(
     result = run.result()
     if result is None or not (run.adapter / "adapter_model.safetensors").exists():
         raise RunError(f"{run.run_id}: has no adapter yet; only a finished or stopped run can be pushed")
-    name, release = full_name(repo_id, account(token, endpoint=endpoint)), release_of(run, result, how)
+    release = release_of(run, result, how)
     asked: dict[str, Any] = {
         "private": how.private,
         "revision": how.revision,
@@ -63,7 +62,7 @@ def prepare(
         "endpoint": endpoint,
         "report": report,
     }
-    hub.Push(name, "model", token, release, {}, **asked).plan()  # before minutes of merging
+    name = hub.Push(repo_id, "model", token, release, {}, **asked).plan().repo_id  # refused before minutes of merging
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
     card = card_of(run, name, how)
     return folder, hub.model_push(

@@ -15,10 +15,11 @@ from qlora_core.study import Study
 from qlora_core.study_charts import AXES, SMOOTHINGS
 from qlora_core.study_status import StudyStatus
 from qlora_core.ui import run_view, study_found, study_view
+from qlora_core.ui.address import NOT_ATTACHED, in_address
 from qlora_core.ui.downloads import follow, link, study_zip
 from qlora_core.ui.identity import Identity
 from qlora_core.ui.plots import gallery
-from qlora_core.ui.runs_tab import NOT_ATTACHED, SELECT, small_button
+from qlora_core.ui.runs_tab import SELECT, small_button
 from qlora_core.ui.study_form import StudyForm
 from qlora_core.ui.study_push import StudyPush
 from qlora_core.ui.train_tab import TrainTab
@@ -27,20 +28,9 @@ from qlora_core.ui.words import problems_panel
 WAITING = "Memory, step time and loss stand here when the first run has finished."
 READING = '<div class="verdicts"><p class="verdict unclear first" role="status">Reading the runs …</p></div>'
 WRITING = '<p class="lab-hint" role="status">Writing the report …</p>'
-# The address names the study while this tab is open, so that a reload and a shared link show it again. Until the page has asked
-# which one its address names, it stays as it is.
-SHOW_IN_URL = """(study) => {
-  const url = new URL(window.location), open = document.querySelector('#study-kinds')?.offsetParent;
-  if (study === '?' || !open) return;
-  if (study) { url.searchParams.set('study', study); } else { url.searchParams.delete('study'); }
-  window.history.replaceState(window.history.state, '', url);
-}"""
-LEAVE_URL = """(study) => {
-  const url = new URL(window.location);
-  if (study === '?') return;
-  url.searchParams.delete('study');
-  window.history.replaceState(window.history.state, '', url);
-}"""
+# The address names the study while this tab is open.
+SHOW_IN_URL = in_address("study", "selected", only_if="document.querySelector('#study-kinds')?.offsetParent")
+LEAVE_URL = in_address("study", "''")
 
 
 class CompareTab:

@@ -8,6 +8,7 @@ import gradio as gr
 from qlora_core.run_status import ACTIVE
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
+from qlora_core.ui.address import in_address
 from qlora_core.ui.compare_tab import CompareTab, study_named
 from qlora_core.ui.data_tab import DataTab
 from qlora_core.ui.downloads import follow
@@ -21,19 +22,8 @@ from qlora_core.ui.train_tab import TrainTab
 DATA, TRAIN, RUNS, COMPARE, PUBLISH = "data", "train", "runs", "compare", "publish"
 # Handlers of the page are no API; several people may use them at once, and none shows gradio's own spinner.
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-# The address says that Publish is open, so that a reload in the middle of a push comes back to it. Until the page has asked what
-# its address names, it stays as it is.
-TO_PUBLISH = """(selected) => {
-  const url = new URL(window.location);
-  url.searchParams.set('tab', 'publish');
-  window.history.replaceState(window.history.state, '', url);
-}"""
-FROM_PUBLISH = """(selected) => {
-  const url = new URL(window.location);
-  if (selected === '?') return;
-  url.searchParams.delete('tab');
-  window.history.replaceState(window.history.state, '', url);
-}"""
+# So that a reload in the middle of a push comes back to it.
+TO_PUBLISH, FROM_PUBLISH = in_address("tab", "'publish'"), in_address("tab", "''")
 CHECKING = '<p class="lab-hint" role="status">Checking the dataset and fetching the base model …</p>'
 # Uploads are copied out of gradio's cache, so what lies there for a day can go.
 DAY = 86_400

@@ -23,7 +23,7 @@ from qlora_core.settings import Settings
 from qlora_core.ui.chosen import Chosen, rows_of
 from qlora_core.ui.dataset_report import steps_html
 from qlora_core.ui.identity import Identity, secret_of
-from qlora_core.ui.pushing import Pushing, Wish, repository
+from qlora_core.ui.pushing import Pushing, Wish, repository, target
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.words import esc, problems_panel, size
 
@@ -82,14 +82,7 @@ class PreparePanel:
             "Push this dataset to the Hub", open=False, visible=False, elem_id="push-dataset"
         ) as self.push_box:
             with gr.Row():
-                self.repository = gr.Textbox(
-                    label="Repository",
-                    placeholder="name, or owner/name",
-                    max_lines=1,
-                    min_width=220,
-                    elem_id="set-repo",
-                )
-                self.public = gr.Checkbox(label="Public", info="Else only you see it.", value=False, min_width=220)
+                self.repository, self.public = target("set")
             self.pushing = Pushing(settings, "set-push", self.push_wish)
 
     @property

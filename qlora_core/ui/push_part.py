@@ -11,7 +11,7 @@ from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
 from qlora_core.ui.identity import Identity
-from qlora_core.ui.pushing import Pushing, Wish, repository
+from qlora_core.ui.pushing import Pushing, Wish, repository, target
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
 from qlora_core.ui.words import clock, empty, esc
@@ -28,18 +28,7 @@ class PushPart:
             gr.HTML('<div class="lab-step">To the Hugging Face Hub</div>')
             with gr.Row():
                 self.what = gr.CheckboxGroup(WHAT, value=["adapter"], label="What", min_width=220, elem_id="push-what")
-                self.repository = gr.Textbox(
-                    label="Repository",
-                    placeholder="name, or owner/name",
-                    max_lines=1,
-                    info="Made if it is not there.",
-                    min_width=220,
-                    elem_id="push-repo",
-                )
-                with gr.Column(min_width=220):  # a checkbox by itself would be squeezed beside the field
-                    self.public = gr.Checkbox(
-                        label="Public", info="Else only you see it.", value=False, elem_id="push-public"
-                    )
+                self.repository, self.public = target("push")
             self.warning = gr.HTML("", elem_id="push-warning")
             self.card = CardEditor(settings)
             with gr.Accordion("Version, branch, pull request, collection", open=False, elem_id="push-more"), gr.Row():

@@ -125,6 +125,21 @@ class Pushing:
         return self.watch(job if job and job.arguments[:2] == ["push", source] else None)
 
 
+def target(name: str, info: str = "Made if it is not there.") -> tuple[gr.Textbox, gr.Checkbox]:
+    """The fields for where a push goes and who may see it, in the row that is open; `name` begins their element ids."""
+    repo = gr.Textbox(
+        label="Repository",
+        placeholder="name, or owner/name",
+        info=info,
+        max_lines=1,
+        min_width=220,
+        elem_id=f"{name}-repo",
+    )
+    with gr.Column(min_width=220):  # a checkbox by itself would be squeezed beside the field
+        public = gr.Checkbox(label="Public", info="Else only you see it.", value=False, elem_id=f"{name}-public")
+    return repo, public
+
+
 def ended_html(result: dict[str, Any]) -> str:
     return planned_html(result) if "plan" in result else pushed_html(result)
 

@@ -14,6 +14,7 @@ from qlora_core.run_status import ACTIVE, CRASHED, FAILED, FINISHED, QUEUED, RUN
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui import run_view
+from qlora_core.ui.address import NOT_ATTACHED, in_address
 from qlora_core.ui.chosen import Chosen
 from qlora_core.ui.combine import CombinePart
 from qlora_core.ui.comparing import differences_html
@@ -23,19 +24,13 @@ from qlora_core.ui.status import status_html
 from qlora_core.ui.waiting import ACT, act_on, waiting_html
 from qlora_core.ui.words import problems_panel, short
 
-# Before the page has asked which run its address names, a tick must not choose one.
-NOT_ATTACHED = "?"
 SELECT = """
 element.addEventListener('click', (event) => {
   const row = event.target.closest('tr[data-run]');
   if (row) trigger('select', { run: row.dataset.run });
 });
 """
-SHOW_IN_URL = """(run) => {
-  const url = new URL(window.location);
-  if (run.length > 1) { url.searchParams.set('run', run); } else { url.searchParams.delete('run'); }
-  window.history.replaceState(window.history.state, '', url);
-}"""
+SHOW_IN_URL = in_address("run", "selected")
 
 
 class RunsTab:

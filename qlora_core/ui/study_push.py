@@ -9,7 +9,7 @@ from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.ui.identity import Identity
-from qlora_core.ui.pushing import Pushing, Wish, repository
+from qlora_core.ui.pushing import Pushing, Wish, repository, target
 from qlora_core.ui.uploads import safe_name
 
 
@@ -18,15 +18,7 @@ class StudyPush:
         self.settings = settings
         with gr.Accordion("Push this report to the Hub", open=False, elem_id="study-push"):
             with gr.Row():
-                self.repository = gr.Textbox(
-                    label="Repository",
-                    placeholder="name, or owner/name",
-                    info="A dataset repository. Made if it is not there.",
-                    max_lines=1,
-                    min_width=220,
-                    elem_id="study-push-repo",
-                )
-                self.public = gr.Checkbox(label="Public", info="Else only you see it.", value=False, min_width=220)
+                self.repository, self.public = target("study-push", "A dataset repository. Made if it is not there.")
                 self.rows = gr.Checkbox(
                     label="With prompts and answers",
                     info="Of held-out rows, if their licence allows it.",
