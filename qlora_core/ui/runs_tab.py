@@ -73,7 +73,7 @@ class RunsTab:
             self.stop = small_button("Stop and save", "stop")
             self.resume = small_button("Resume", "resume", variant="primary")
             self.download = small_button("Download adapter", "run-download", variant="primary")
-            self.publish = small_button("Merge …", "run-publish")
+            self.publish = small_button("Publish …", "run-publish")
             self.more = small_button("Continue …", "more")
             self.copy = small_button("Copy settings", "copy", visible=True)
             self.delete = small_button("Delete", "delete")
