@@ -9,7 +9,6 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from test_combining import problems
 from test_targets import told
 from test_worker_combining import combined
 from tiny_models import adapter, dequantized, eval_losses, losses, make_run, model_folder, said, train_here
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core import events, memory
+from qlora_core.combining import create_combined
 from qlora_core.config import TrainConfig
-from qlora_core.errors import ConfigError, ModelError
+from qlora_core.errors import ConfigError, ModelError, RunError
 from qlora_core.footprint import allocated, weight_bytes
 from qlora_core.row_order import step_rows
 from qlora_core.worker import loading, passes
@@ -280,7 +280,9 @@ def test_adapters_of_one_mixed_base_combine_and_those_of_another_do_not(folder: 
     )
     run = combined([one, two], 1, 0)
     assert eval_losses(run)[0] == pytest.approx(eval_losses(one)[2], abs=1e-4)
-    (found,) = problems([one, other], [1, 1])
+    with pytest.raises(RunError) as caught:
+        create_combined([one, other], [1, 1], method="svd", name="sum")
+    (found,) = caught.value.problems
     assert "in 4 bits attention@0; in int8 v_proj@0 and mlp@1" in found and "in 4 bits attention@0 and mlp)" in found
 
 
