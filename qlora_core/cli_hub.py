@@ -12,10 +12,9 @@ from huggingface_hub import get_token
 from qlora_core import hub, jobs, publishing
 from qlora_core.cli_options import print_json
 from qlora_core.data.locate import LINEAGE
-from qlora_core.errors import HubError, RunError
-from qlora_core.runs import Run, RunStore
+from qlora_core.errors import HubError
+from qlora_core.runs import Run
 from qlora_core.settings import Settings
-from qlora_core.studies import StudyStore
 from qlora_core.study import Study
 
 FOR_MODELS = ("onto", "version", "card")
@@ -85,6 +84,9 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument("version")
     command.add_argument("--force", action="store_true", help="over what others changed there")
     command.add_argument("--plan", action="store_true", help="say what it would change, and change nothing")
+    command.add_argument(
+        "--seen", metavar="COMMIT", help="only while the repository is at the commit that --plan named"
+    )
     _add_kind(command)
     command.set_defaults(command=_rollback)
 
@@ -151,7 +153,7 @@ def _parts(options: argparse.Namespace, settings: Settings, report: jobs.Reporte
         raise HubError(
             f"{options.source}: is no prepared dataset; make one with `python -m qlora_core prepare`, or name a run or a study"
         )
-    found = _run_or_study(options.source, settings)
+    found = publishing.run_or_study(options.source, settings)
     if isinstance(found, Study):
         _only_for_models(options, (options.what or "report").split(","), ("report",))
         return [publishing.report_part(found, options.repo_id, rows=options.with_rows, **_asked(options, report))]
@@ -168,16 +170,6 @@ def _asked(options: argparse.Namespace, report: jobs.Reporter) -> dict[str, Any]
         "force": options.force,
         "report": report,
     }
-
-
-def _run_or_study(text: str, settings: Settings) -> Run | Study:
-    try:
-        return RunStore(settings).get(text)
-    except RunError as no_run:
-        try:
-            return StudyStore(settings).get(text)
-        except RunError:
-            raise RunError(*no_run.problems) from None
 
 
 def _only_for_models(options: argparse.Namespace, what: Sequence[str], may: Sequence[str]) -> None:
@@ -261,13 +253,20 @@ def _metrics(release: hub.Release) -> str:
 
 def _rollback(options: argparse.Namespace, settings: Settings) -> int:
     back = hub.rollback(
-        options.repo_id, options.version, _token(options), kind=options.kind, force=options.force, plan=options.plan
+        options.repo_id,
+        options.version,
+        _token(options),
+        kind=options.kind,
+        force=options.force,
+        plan=options.plan,
+        seen=options.seen,
     )
     if options.json:
         print_json(asdict(back))
     elif options.plan:
         for doing, names in (("restores", back.restores), ("removes", back.removes)):
             print(f"{doing} {', '.join(names) or 'nothing'}")
+        print(f"to do just that: --seen {back.commit}")
     else:
         print(f"{back.url}: {'is at' if back.changed else 'was at'} {back.version}, commit {back.commit[:8]}")
     return 0

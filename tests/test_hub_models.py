@@ -220,6 +220,18 @@ def test_going_back_does_not_undo_what_others_changed_there(served: Hub, adapter
     assert rollback("mine", "v1", ALICE, endpoint=served.url, force=True).changed
 
 
+def test_going_back_does_what_was_shown_or_nothing(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    push(served, weights(adapter, "second"))
+    shown = rollback("mine", "v1", ALICE, endpoint=served.url, plan=True)
+    third = push(served, weights(adapter, "third"))
+    with pytest.raises(HubError, match="has changed since this was shown"):
+        rollback("mine", "v1", ALICE, endpoint=served.url, seen=shown.commit)
+    assert served.repo("alice/mine", "models").head.oid == third.commit
+    again = rollback("mine", "v1", ALICE, endpoint=served.url, plan=True)
+    assert rollback("mine", "v1", ALICE, endpoint=served.url, seen=again.commit).changed
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -28,7 +28,7 @@ PROVEN = "✓ Downloaded again and loaded: the logits are equal."
 UNKNOWN = "The licence of the dataset is unknown."
 NARROW = 390
 # What is wider than its place: the text of a button or a label ends in the middle. The card scrolls in a box of its own.
-CUT = """() => [...document.querySelectorAll('#push-part :is(button, label, p, li)')]
+CUT = """() => [...document.querySelectorAll('#push-part :is(button:not(.label-wrap), label, p, li)')]
   .filter((e) => e.offsetParent && !e.closest('#card-preview') && getComputedStyle(e).display !== 'inline')
   .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.innerText.slice(0, 60))"""
 
@@ -243,6 +243,7 @@ def test_words_stay_and_are_pushed_and_a_version_is_gone_back_to(page: Publishin
     rows = page.page.locator("#versions-table tbody tr")
     expect(rows.nth(0)).to_contain_text("v2 · now")
     expect(rows.nth(0)).to_contain_text("eval loss +0.0000")
+    expect(page.page.locator("#versions-go")).to_be_hidden()
     page.page.locator("#versions-look").click()
     expect(page.page.locator("#versions-told")).to_contain_text("Going back to v1 is one new commit that")
     page.page.locator("#versions-go").click()
@@ -266,20 +267,24 @@ def test_a_script_pushes_by_gradio_client(home: tuple[AppProcess, Run], served: 
     app, run = home
     client = Client(app.url, verbose=False)
     asked = {"run_id": run.run_id, "repo_id": "alice/scripted", "token": ALICE, "api_name": "/push_run"}
-    first = client.predict(**asked)
+    card = {"limits": "English tickets only."}
+    first = client.predict(**asked, card=card)
     assert first["needed"] and first["plan"] == ["alice/scripted: is made, private, with 8 files"]
     assert first["warnings"][0].startswith(UNKNOWN) and ("models", "alice/scripted") not in served.repos
-    (pushed,) = client.predict(**asked, agreed=first["agree"])["pushed"]
+    (pushed,) = client.predict(**asked, card=card, agreed=first["agree"])["pushed"]
     assert (pushed["version"], pushed["proof"]["state"]) == ("v1", "proven")
-    assert pushed["commit"] == served.repo("alice/scripted", "models").head.oid
-    for wrong, told in {
-        "token": ("", "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"),
-        "repo_id": (" ", "no repository is named; write owner/name"),
-        "what": ("model", "--what 'model': choose from adapter, merged, dataset"),
-    }.items() | {("token", (f"hf_{MARK}no", "account: the Hub does not accept the token"))}:
+    repo = served.repo("alice/scripted", "models")
+    assert pushed["commit"] == repo.head.oid and "English tickets only." in served.read(repo, "README.md").decode()
+    for wrong, value, told in (
+        ("token", "", "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"),
+        ("token", f"hf_{MARK}no", "account: the Hub does not accept the token"),
+        ("repo_id", " ", "no repository is named; write owner/name"),
+        ("what", "model", "--what 'model': choose from adapter, merged, dataset"),
+        ("card", {"limit": "x"}, "card: has a field 'limit'; those of a card are intended_use, limits,"),
+    ):
         with pytest.raises(AppError) as error:
-            client.predict(**asked | {wrong: told[0]})
-        assert str(error.value).startswith(told[1]) and "\n" not in str(error.value) and MARK not in str(error.value)
+            client.predict(**asked | {wrong: value})
+        assert str(error.value).startswith(told) and "\n" not in str(error.value) and MARK not in str(error.value)
 
 
 def test_a_push_outlives_the_app_and_is_found_by_the_next_one(

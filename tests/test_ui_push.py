@@ -49,7 +49,7 @@ def served(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def part(run: Run) -> PushPart:
     with gr.Blocks(analytics_enabled=False):
         made, dropdown = PushPart(run.settings), gr.Dropdown([])
-        made.connect(dropdown, gr.Radio(["original", "dequantized"], value="dequantized"), Identity(), {})
+        made.connect(dropdown, Identity(), {})
         return made
 
 

@@ -29,7 +29,8 @@ class Version:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """`restores` and `removes` name the files that differ from the version's, before the rollback."""
+    """`restores` and `removes` name the files that differ from the version's, before the rollback. `commit` is the one that the
+    main branch is at."""
 
     url: str
     commit: str
@@ -71,10 +72,12 @@ def rollback(
     endpoint: str | None = None,
     force: bool = False,
     plan: bool = False,
+    seen: str | None = None,
 ) -> RolledBack:
     """A new commit on the main branch with the files of that version; files that no push from here made stay.
 
-    `force` replaces what others have changed there since, `plan` only tells what would change. Raises HubError.
+    `force` replaces what others have changed there since, `plan` only tells what would change. `seen` is the `commit` of such a
+    plan that somebody was shown: with another commit on the main branch by now, nothing is changed. Raises HubError.
     """
     from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
@@ -85,6 +88,8 @@ def rollback(
         remote = look(api, repo_id, kind)
         if remote is None:
             raise HubError(f"{what}: is not there, or this token may not read it; check the spelling")
+        if seen not in (None, remote.head):
+            raise HubError(f"{what}: has changed since this was shown; look again at what going back would change")
         if version not in remote.tags:
             known = ", ".join(remote.tags) or "none yet"
             raise HubError(f"{what}: has no version {version!r}; those there are: {known}")

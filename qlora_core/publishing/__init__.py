@@ -2,8 +2,8 @@
 
 from qlora_core.publishing.agreement import UNSEEN, Agreement, NotAgreed
 from qlora_core.publishing.models import Publication, card_of, prepare
-from qlora_core.publishing.parts import Part, dataset_of, dataset_part, model_part, report_part
-from qlora_core.publishing.record import card_text, keep_card_text, published, read_card_text, shown
+from qlora_core.publishing.parts import Part, dataset_of, dataset_part, model_part, report_part, run_or_study
+from qlora_core.publishing.record import as_card_text, card_text, keep_card_text, published, read_card_text, shown
 from qlora_core.publishing.together import Together, repositories
 
 MODELS = ("adapter", "merged")
@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "Publication",
     "Together",
+    "as_card_text",
     "card_of",
     "card_text",
     "dataset_of",
@@ -29,5 +30,6 @@ __all__ = [
     "read_card_text",
     "report_part",
     "repositories",
+    "run_or_study",
     "shown",
 ]

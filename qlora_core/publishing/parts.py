@@ -13,7 +13,9 @@ from qlora_core.errors import RunError
 from qlora_core.model_card import licence_problems, licence_warning
 from qlora_core.publishing.models import publish
 from qlora_core.publishing.record import record
-from qlora_core.runs import Run
+from qlora_core.runs import Run, RunStore
+from qlora_core.settings import Settings
+from qlora_core.studies import StudyStore
 from qlora_core.study import Study
 
 
@@ -24,6 +26,17 @@ class Part:
     push: hub.Push
     warning: str | None
     publish: Callable[[str], dict[str, Any]]
+
+
+def run_or_study(text: str, settings: Settings) -> Run | Study:
+    """By its id, or the beginning of it. Raises RunError."""
+    try:
+        return RunStore(settings).get(text)
+    except RunError as no_run:
+        try:
+            return StudyStore(settings).get(text)
+        except RunError:
+            raise RunError(*no_run.problems) from None
 
 
 def model_part(run: Run, folder: Path, push: hub.Push) -> Part:

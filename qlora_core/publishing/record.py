@@ -49,12 +49,17 @@ def read_card_text(file: Path) -> CardText:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
+    return as_card_text(values, where=str(file))
+
+
+def as_card_text(values: Any, *, where: str) -> CardText:
+    """Raises ConfigError naming all that is wrong; `where` the values are from begins each sentence."""
     known = list(CardText.__dataclass_fields__)
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: is {type(values).__name__}; write `field: text` lines with {', '.join(known)}")
+        raise ConfigError(f"{where}: is {type(values).__name__}; write `field: text` lines with {', '.join(known)}")
     strange = [name for name in values if name not in known]
-    problems = [f"{file}: has a field {name!r}; those of a card are {', '.join(known)}" for name in strange]
-    problems += [f"{file}: {name} is no text" for name in known if not isinstance(values.get(name, ""), str)]
+    problems = [f"{where}: has a field {name!r}; those of a card are {', '.join(known)}" for name in strange]
+    problems += [f"{where}: {name} is no text" for name in known if not isinstance(values.get(name, ""), str)]
     if problems:
         raise ConfigError(*problems)
     return CardText(**values)

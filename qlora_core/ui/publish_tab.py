@@ -1,4 +1,4 @@
-"""The Publish tab: the adapter as a zip, and the merged model. Files are made below `<home>/downloads`."""
+"""The Publish tab: a run to the Hub, and as a file. Files are made below `<home>/downloads`."""
 
 import threading
 from collections.abc import Iterator
@@ -7,8 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from qlora_core import jobs
-from qlora_core.drift import HEADER, basis, read_drift, table
 from qlora_core.errors import LabError
 from qlora_core.gguf_export import export_gguf
 from qlora_core.merging import merge
@@ -17,19 +15,9 @@ from qlora_core.settings import Settings
 from qlora_core.ui import run_view
 from qlora_core.ui.downloads import adapter_zip, follow, link, merged_zip, offered
 from qlora_core.ui.identity import Identity
-from qlora_core.ui.job_view import JobView
+from qlora_core.ui.merge_choice import WHY, is_quantised
 from qlora_core.ui.push_part import PushPart
-from qlora_core.ui.words import empty, esc, facts, loss, problems_panel
-
-ONTO = [
-    ("the base as it was trained on: dequantised from 4 bits", "dequantized"),
-    ("the original 16-bit base", "original"),
-]
-WHY = {
-    "dequantized": "The adapter learnt to correct the 4-bit weights, so this merge answers as the trained model did.",
-    "original": "The weights are the better ones, but the adapter never saw them: answers may differ a little.",
-    "lora": "LoRA trained on the original base, so the merge answers as the trained model did.",
-}
+from qlora_core.ui.words import empty, esc, facts, hint, loss, problems_panel
 
 EXPORTS = [("16-bit", "16bit"), ("NF4, 4-bit", "nf4")]
 GGUF = ("GGUF", "gguf")
@@ -52,41 +40,36 @@ class PublishTab:
             [], label="Run", info="finished or stopped runs", elem_id="publish-run", interactive=True
         )
         self.summary = gr.HTML(self.nothing(), elem_id="publish-summary")
-        with gr.Row(visible=False, elem_id="publish-page") as self.page:
-            with gr.Column(min_width=300):
-                gr.HTML('<div class="lab-step">Adapter</div>')
-                gr.HTML(
-                    '<p class="lab-hint">A few megabytes, used with the base model. PEFT and most servers load it.</p>'
-                )
-                self.zip = gr.Button("Download adapter (zip)", variant="primary", elem_id="download-adapter")
-                self.adapter_file = gr.HTML("", min_height=44, elem_id="adapter-file")
-            with gr.Column(min_width=300):
-                gr.HTML('<div class="lab-step">Merged model</div>')
-                gr.HTML('<p class="lab-hint">One model without an adapter.</p>')
-                self.onto = gr.Radio(ONTO, value="dequantized", label="Merge onto", elem_id="onto")
-                self.why = gr.HTML("")
-                exports = [*EXPORTS, *([GGUF] if settings.gguf_converter else [])]
-                self.export = gr.Radio(exports, value="16bit", label="Weights of the download", elem_id="export")
-                self.about = gr.HTML(_hint(ABOUT["16bit"]), elem_id="export-about")
-                self.measure = gr.Button("Measure what each merge changes", elem_id="drift")
-                self.drift = JobView(settings, "drift", ended=drift_html, failed="Not measured")
-                self.merge = gr.Button("Merge and download", elem_id="merge")
-                self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
         self.push = PushPart(settings)
+        with gr.Column(visible=False, elem_id="publish-page") as self.page:
+            gr.HTML('<div class="lab-step">As a file</div>')
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    gr.HTML(
+                        hint("The adapter: a few megabytes, used with the base model. PEFT and most servers load it.")
+                    )
+                    self.zip = gr.Button("Download adapter (zip)", elem_id="download-adapter")
+                    self.adapter_file = gr.HTML("", min_height=44, elem_id="adapter-file")
+                with gr.Column(min_width=300):
+                    exports = [*EXPORTS, *([GGUF] if settings.gguf_converter else [])]
+                    self.export = gr.Radio(
+                        exports, value="16bit", label="Weights of the merged model", elem_id="export"
+                    )
+                    self.about = gr.HTML(hint(ABOUT["16bit"]), elem_id="export-about")
+                    self.merge = gr.Button("Merge and download", elem_id="merge")
+                    self.merged_file = gr.HTML("", min_height=44, elem_id="merged-file")
 
     def connect(self, identity: Identity, hidden: dict[str, Any]) -> None:
-        shown = [self.summary, self.page, self.onto, self.why, self.adapter_file, self.merged_file, *self.drift.outputs]
-        self.run.change(self.show, self.run, shown, **hidden)
-        self.measure.click(self.measure_drift, self.run, self.drift.outputs, **hidden)
-        self.drift.connect(hidden)
-        self.push.connect(self.run, self.onto, identity, hidden)
-        how = [self.run, self.onto, self.export]
-        self.export.input(self.exported, how, [self.onto, self.why, self.about], **hidden)
-        self.onto.input(self.merged_onto, how, [self.why, self.export, self.about], **hidden)
+        choice = self.push.merge_choice
+        self.run.change(self.show, self.run, [self.summary, self.page, self.adapter_file, self.merged_file], **hidden)
+        self.push.connect(self.run, identity, hidden)
+        how = [self.run, choice.onto, self.export]
+        self.export.input(self.exported, how, [choice.onto, choice.why, self.about], **hidden)
+        choice.onto.input(self.merged_onto, how, [choice.why, self.export, self.about], **hidden)
         self.zip.click(self.adapter, self.run, self.adapter_file, **hidden).then(
             None, None, None, js=follow("adapter-file"), **hidden
         )
-        self.merge.click(self.merged, [self.run, self.onto, self.export], self.merged_file, **hidden).then(
+        self.merge.click(self.merged, how, self.merged_file, **hidden).then(
             None, None, None, js=follow("merged-file"), **hidden
         )
 
@@ -101,18 +84,18 @@ class PublishTab:
         """NF4 is made of the original base alone."""
         moved = export == "nf4" and onto == "dequantized" and self._is_quantised(run_id)
         return (
-            ("original", _hint(WHY["original"]), _hint(ABOUT[export]))
+            ("original", hint(WHY["original"]), hint(ABOUT[export]))
             if moved
-            else (gr.skip(), gr.skip(), _hint(ABOUT[export]))
+            else (gr.skip(), gr.skip(), hint(ABOUT[export]))
         )
 
     def merged_onto(self, run_id: str | None, onto: str, export: str) -> tuple[str, Any, Any]:
         moved = export == "nf4" and onto == "dequantized"
-        return _hint(WHY[onto]), *(("16bit", _hint(ABOUT["16bit"])) if moved else (gr.skip(), gr.skip()))
+        return hint(WHY[onto]), *(("16bit", hint(ABOUT["16bit"])) if moved else (gr.skip(), gr.skip()))
 
     def _is_quantised(self, run_id: str | None) -> bool:
         try:
-            return RunStore(self.settings).get(run_id or "").config().method == "qlora"
+            return is_quantised(RunStore(self.settings).get(run_id or ""))
         except (LabError, OSError):
             return False
 
@@ -121,10 +104,9 @@ class PublishTab:
 
     def show(self, run_id: str | None) -> tuple[Any, ...]:
         try:
-            run = RunStore(self.settings).get(run_id or "")
-            config, status = run.config(), run.status()
+            status = RunStore(self.settings).get(run_id or "").status()
         except (LabError, FileNotFoundError):
-            return self.nothing(), gr.Row(visible=False), gr.skip(), gr.skip(), "", "", *self.drift.watch(None)
+            return self.nothing(), gr.Column(visible=False), "", ""
         pairs = [
             ("state", status.state),
             ("steps", f"{status.step:,}"),
@@ -132,19 +114,7 @@ class PublishTab:
             ("base model", status.base_model),
         ]
         head = f'<div class="lab-card"><h3>{esc(status.name)}</h3>{facts(pairs)}</div>'
-        quantised = config.method == "qlora"
-        onto = gr.Radio(value="dequantized" if quantised else "original", visible=quantised)
-        why = _hint(WHY["dequantized" if quantised else "lora"])
-        measuring = jobs.running(["drift", run.run_id], self.settings)
-        drifted = drift_html(found) if (found := read_drift(run)) else ""
-        return head, gr.Row(visible=True), onto, why, "", "", *self.drift.watch(measuring, drifted)
-
-    def measure_drift(self, run_id: str | None) -> tuple[Any, ...]:
-        try:
-            run = RunStore(self.settings).get(run_id or "")
-        except LabError as error:
-            return self.drift.watch(None, problems_panel(error.problems, title="Not measured"))
-        return self.drift.watch(jobs.start(["drift", run.run_id, "--json"], self.settings, again=True))
+        return head, gr.Column(visible=True), "", ""
 
     def adapter(self, run_id: str | None) -> str:
         try:
@@ -160,7 +130,7 @@ class PublishTab:
         def work() -> None:
             try:
                 run = RunStore(self.settings).get(run_id or "")
-                chosen = onto if run.config().method == "qlora" else "original"
+                chosen = onto if is_quantised(run) else "original"
                 if export == GGUF[1]:
                     told.append(offered(export_gguf(run, onto=chosen, report=told.append), run, self.settings))
                     return
@@ -175,25 +145,11 @@ class PublishTab:
         waited = 0
         while not done.wait(REPORT_SECONDS):
             waited += 1
-            yield _hint(f"{told[-1]} … {waited} s")
+            yield hint(f"{told[-1]} … {waited} s")
         if isinstance(told[-1], Path):
-            base = _hint(f"As the base model of a new run, write run:{run_id}") if export == "16bit" else ""
+            base = hint(f"As the base model of a new run, write run:{run_id}") if export == "16bit" else ""
             yield link(told[-1]) + base
         else:
             yield problems_panel(
                 getattr(told[-1], "problems", ("the merge ended early; see the app's output",)), title="No merge"
             )
-
-
-def drift_html(found: dict[str, Any]) -> str:
-    """Of each way of merging how far it is from the model that was trained, and on what that was measured."""
-    head = "".join(f"<th>{esc(name)}</th>" for name in HEADER)
-    rows = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>" for row in table(found))
-    return (
-        f'<div class="lab-scroll"><table class="lab-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f"{_hint(basis(found))}"
-    )
-
-
-def _hint(text: str) -> str:
-    return f'<p class="lab-hint">{esc(text)}</p>'

@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+import yaml
 
-from qlora_core import jobs
+from qlora_core import jobs, publishing
 from qlora_core.errors import HubError
-from qlora_core.runs import RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.identity import secret_of
 from qlora_core.ui.pushing import NO_TOKEN_FOR_CLIENT, repository
@@ -24,7 +27,7 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
         run_id: str,
         repo_id: str,
         token: str = "",
-        what: str = "adapter",
+        what: str = "",
         public: bool = False,
         onto: str = "",
         version: str = "",
@@ -34,25 +37,37 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
         plan: bool = False,
         agreed: str = "",
         force: bool = False,
+        card: dict[str, str] | None = None,
+        with_rows: bool = False,
     ) -> dict[str, Any]:
-        """Push a run: `what` is adapter, merged or dataset, or several with commas. Returns {"pushed": [...], "collection": url}
-        with commit, version and proof of each, or {"plan": [...], "warnings": [...], "agree": digest, "needed": true} where that
-        must be agreed to first: call again with `agreed=digest`. The token is used for this call and kept nowhere."""
+        """Push a run, or a study's report: `what` is adapter, merged or dataset, or several with commas; of a study, report.
+        `card` has words for the model card by section, `with_rows` sends rows of the dataset with a report. Returns {"pushed":
+        [...], "collection": url} with commit, version and proof of each, or {"plan": [...], "warnings": [...], "agree": digest,
+        "needed": true} where that must be agreed to first: call again with `agreed=digest`. The token is used for this call and
+        kept nowhere."""
         secret = secret_of(token, None)
         if not secret:
             raise HubError(NO_TOKEN_FOR_CLIENT)
-        run = RunStore(settings).get(run_id)
+        source = publishing.run_or_study(run_id, settings)
         given = {"repo-id": repository(repo_id), "what": what, "onto": onto, "version": version}
         given |= {"collection": collection, "revision": revision, "agreed": agreed}
-        arguments = [f"--{name}={value}" for name, value in given.items() if value]
-        arguments += [
-            f"--{name}"
-            for name, on in {"public": public, "pull-request": pull_request, "plan": plan, "force": force}.items()
-            if on
-        ]
-        job = jobs.start(["push", run.run_id, *arguments, "--json"], settings, secret=secret, again=True)
-        while (progress := job.progress()) and progress.state == jobs.RUNNING:
-            time.sleep(LOOK_SECONDS)
+        switches = {
+            "public": public,
+            "pull-request": pull_request,
+            "plan": plan,
+            "force": force,
+            "with-rows": with_rows,
+        }
+        with TemporaryDirectory() as folder:
+            if card:
+                words = asdict(publishing.as_card_text(card, where="card"))
+                (Path(folder) / "card.yaml").write_text(yaml.safe_dump(words))
+                given["card"] = f"{folder}/card.yaml"
+            arguments = [f"--{name}={value}" for name, value in given.items() if value]
+            arguments += [f"--{name}" for name, on in switches.items() if on]
+            job = jobs.start(["push", source.path.name, *arguments, "--json"], settings, secret=secret, again=True)
+            while (progress := job.progress()) and progress.state == jobs.RUNNING:
+                time.sleep(LOOK_SECONDS)
         if progress is None or progress.state != jobs.DONE:
             raise HubError(*(progress.problems if progress else ()) or ("the push was cancelled",))
         return progress.result

@@ -11,6 +11,7 @@ from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
 from qlora_core.ui.identity import Identity
+from qlora_core.ui.merge_choice import MergeChoice, is_quantised
 from qlora_core.ui.pushing import Pushing, Wish, repository, target
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
@@ -26,10 +27,13 @@ class PushPart:
         self.settings = settings
         with gr.Column(visible=False, elem_id="push-part") as self.part:
             gr.HTML('<div class="lab-step">To the Hugging Face Hub</div>')
-            with gr.Row():
-                self.what = gr.CheckboxGroup(WHAT, value=["adapter"], label="What", min_width=220, elem_id="push-what")
+            with gr.Row(equal_height=True):
+                self.what = gr.CheckboxGroup(
+                    WHAT, value=["adapter"], label="What", scale=4, min_width=300, elem_id="push-what"
+                )
                 self.repository, self.public = target("push")
             self.warning = gr.HTML("", elem_id="push-warning")
+            self.merge_choice = MergeChoice(settings)
             self.card = CardEditor(settings)
             with gr.Accordion("Version, branch, pull request, collection", open=False, elem_id="push-more"), gr.Row():
                 self.version = gr.Textbox(
@@ -62,12 +66,14 @@ class PushPart:
             self.earlier = gr.HTML("", elem_id="push-earlier")
             self.versions = VersionsPart()
 
-    def connect(self, run: gr.Dropdown, onto: gr.Radio, identity: Identity, hidden: dict[str, Any]) -> None:
-        """`onto`: the tab's choice of the base that is merged into."""
+    def connect(self, run: gr.Dropdown, identity: Identity, hidden: dict[str, Any]) -> None:
+        onto = self.merge_choice.onto
         asked = [
             run, self.what, onto, self.repository, self.public, self.version, self.branch, self.collection,
             self.pull_request, self.force,
         ]  # fmt: skip
+        self.merge_choice.connect(run, hidden)
+        self.what.input(lambda what: gr.Accordion(open="merged" in what), self.what, self.merge_choice.part, **hidden)
         pushing = self.pushing
         pushing.connect(asked, identity, hidden)
         run.change(
@@ -114,7 +120,7 @@ class PushPart:
             raise ConfigError(*problems)
         run = RunStore(self.settings).get(run_id or "")
         given += [f"--what={','.join(what)}", *(["--public"] if public else []), *(["--force"] if force else [])]
-        if "merged" in what and run.config().method == "qlora":
+        if "merged" in what and is_quantised(run):
             given.append(f"--onto={onto}")
         named = {"version": version, "revision": branch, "collection": collection}
         given += [f"--{option}={value.strip()}" for option, value in named.items() if (value or "").strip()]

@@ -132,10 +132,11 @@ def target(name: str, info: str = "Made if it is not there.") -> tuple[gr.Textbo
         placeholder="name, or owner/name",
         info=info,
         max_lines=1,
+        scale=4,
         min_width=220,
         elem_id=f"{name}-repo",
     )
-    with gr.Column(min_width=220):  # a checkbox by itself would be squeezed beside the field
+    with gr.Column(scale=2, min_width=160):  # a checkbox by itself would be squeezed beside the field
         public = gr.Checkbox(label="Public", info="Else only you see it.", value=False, elem_id=f"{name}-public")
     return repo, public
 

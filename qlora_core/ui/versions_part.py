@@ -28,53 +28,72 @@ class VersionsPart:
                     label="Also over what others changed there", value=False, min_width=220, elem_id="versions-force"
                 )
                 self.look = gr.Button("What would change", elem_id="versions-look")
-                self.go = gr.Button("Go back to it", variant="stop", elem_id="versions-go")
             self.told = gr.HTML("", elem_id="versions-told")
+            self.go = gr.Button("Go back to it", variant="stop", visible=False, elem_id="versions-go")
+            self.seen = gr.State("")
 
     def connect(self, repo: gr.Textbox, identity: Identity, hidden: dict[str, Any]) -> None:
-        listed = [self.table, self.back, self.version, self.told]
+        listed = [self.table, self.back, self.version, self.told, self.go, self.seen]
         asked = [repo, self.kind, identity.token, self.version, self.force]
         self.show.click(self.list, asked[:3], listed, **hidden)
         # Another repository has other versions; going back to one of these would ask that one for them.
         gr.on([repo.change, self.kind.input], self.nothing, None, listed, **hidden)
-        self.look.click(self.plan, asked, self.told, **hidden)
-        self.go.click(self.roll_back, asked, self.told, **hidden).then(self.list_again, asked[:3], listed[:3], **hidden)
+        shown = [self.told, self.go, self.seen]
+        self.look.click(self.plan, asked, shown, **hidden)
+        gr.on([self.version.input, self.force.input], nothing_shown, None, shown, **hidden)
+        self.go.click(self.roll_back, [*asked, self.seen], shown, **hidden).then(
+            self.list_again, asked[:3], listed[:3], **hidden
+        )
 
     def list(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str) -> tuple[Any, ...]:
-        try:
-            found = hub.versions(repository(repo), secret_of(typed, signed_in), kind=kind)
-        except LabError as error:
-            return problems_panel(error.problems, title="No versions"), gr.Row(visible=False), gr.skip(), ""
-        names = [version.version for version in found if not version.current]
-        versions = gr.Dropdown(choices=names, value=next(iter(names), None))
-        return versions_html(found), gr.Row(visible=bool(names)), versions, ""
+        return *self.list_again(signed_in, repo, kind, typed), *nothing_shown()
 
     def nothing(self) -> tuple[Any, ...]:
-        return "", gr.Row(visible=False), gr.Dropdown(choices=[], value=None), ""
+        return "", gr.Row(visible=False), gr.Dropdown(choices=[], value=None), *nothing_shown()
 
     def list_again(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str) -> tuple[Any, ...]:
         """What was told of the way back stays."""
-        return self.list(signed_in, repo, kind, typed)[:3]
+        try:
+            found = hub.versions(repository(repo), secret_of(typed, signed_in), kind=kind)
+        except LabError as error:
+            return problems_panel(error.problems, title="No versions"), gr.Row(visible=False), gr.skip()
+        names = [version.version for version in found if not version.current]
+        versions = gr.Dropdown(choices=names, value=next(iter(names), None))
+        return versions_html(found), gr.Row(visible=bool(names)), versions
 
-    def plan(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, *which: Any) -> str:
-        return self._back(secret_of(typed, signed_in), repo, kind, *which, plan=True)
+    def plan(
+        self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, version: str | None, force: bool
+    ) -> tuple[Any, ...]:
+        """What going back would change, and the button for just that."""
+        told = self._back(secret_of(typed, signed_in), repo, kind, version, plan=True, force=force)
+        if not isinstance(told, RolledBack):
+            return told, *nothing_shown()[1:]
+        changes = bool(told.restores or told.removes)
+        return told_html(told, plan=True), gr.Button(f"Go back to {told.version}", visible=changes), told.commit
 
-    def roll_back(self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, *which: Any) -> str:
-        return self._back(secret_of(typed, signed_in), repo, kind, *which, plan=False)
+    def roll_back(
+        self, signed_in: gr.OAuthToken | None, repo: str, kind: RepoType, typed: str, version: str | None, force: bool,
+        seen: str,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        told = self._back(secret_of(typed, signed_in), repo, kind, version, force=force, seen=seen)
+        return told_html(told, plan=False) if isinstance(told, RolledBack) else told, *nothing_shown()[1:]
 
-    def _back(
-        self, secret: str | None, repo: str, kind: RepoType, version: str | None, force: bool, *, plan: bool
-    ) -> str:
+    def _back(self, secret: str | None, repo: str, kind: RepoType, version: str | None, **how: Any) -> RolledBack | str:
+        """What hub.rollback says, or a panel of all that is in the way."""
         problems = [
             text for text, missing in ((NO_TOKEN, not secret), ("no version is chosen", not version)) if missing
         ]
         try:
             if not problems:
-                back = hub.rollback(repository(repo), str(version), str(secret), kind=kind, force=force, plan=plan)
-                return told_html(back, plan=plan)
+                return hub.rollback(repository(repo), str(version), str(secret), kind=kind, **how)
         except LabError as error:
             problems += error.problems
         return problems_panel(problems, title="Nothing has changed")
+
+
+def nothing_shown() -> tuple[Any, ...]:
+    """What is told of a way back, its button, and the commit that it was told of."""
+    return "", gr.Button(visible=False), ""
 
 
 def versions_html(found: list[Version]) -> str:
