@@ -234,21 +234,19 @@ def _versions(options: argparse.Namespace, settings: Settings) -> int:
     if options.json:
         print_json({"versions": [asdict(version) for version in found]})
         return 0
-    for version in found:
-        release = version.release
-        said = (
-            f"{release.what:8} {_metrics(release)}  rows {release.dataset_fingerprint[:8]}"
-            if release
-            else "not made here"
-        )
-        print(f"{'*' if version.current else ' '} {version.version:10} {version.commit[:8]}  {said}")
+    older = [*found[1:], None]
+    for version, before in zip(found, older, strict=False):
+        release, told = version.release, "not made here"
+        if release:
+            rows = f"rows {release.dataset_fingerprint[:8]}"
+            told = f"{release.what:8} {hub.measured(release) or 'no metrics'}  {rows}"
+            told += (
+                f"  ({change} against {before.version})" if before and (change := hub.change(version, before)) else ""
+            )
+        print(f"{'*' if version.current else ' '} {version.version:10} {version.commit[:8]}  {told}")
     if not found:
         print("no versions yet")
     return 0
-
-
-def _metrics(release: hub.Release) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items()) or "no metrics"
 
 
 def _rollback(options: argparse.Namespace, settings: Settings) -> int:

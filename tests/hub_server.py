@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -178,11 +179,13 @@ class Hub(State):
     @endpoint("POST", "/api/{repo}/preupload/{revision}", write=True)
     def preupload(self, call: Call, repo: Repo, revision: str) -> Response:
         commit, answers = repo.at(revision), []
+        ignored = self.read(repo, ".gitignore").decode().split() if ".gitignore" in commit.files else []
         for asked in call.json["files"]:
             there, lfs = commit.files.get(asked["path"]), is_lfs(asked["path"], asked["size"])
             oid = there and (there.sha256 if there.lfs else there.oid)
             mode = "lfs" if lfs else "regular"
-            answers.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignore = any(fnmatch(asked["path"], pattern) for pattern in ignored)
+            answers.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         return JSONResponse({"files": answers})
 
     @endpoint("POST", "/api/{repo}/commit/{revision}", write=True)

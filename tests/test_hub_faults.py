@@ -16,7 +16,7 @@ from hub_lfs import NO_SPACE
 from hub_server import CUT, HOLD, Hub, hub
 
 from qlora_core.errors import HubError
-from qlora_core.hub import Pushed, Release, model_push
+from qlora_core.hub import Pushed, Release, account, model_push
 
 # huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -162,6 +162,38 @@ def test_a_sign_in_that_is_refused_is_told_what_it_may_lack(served: Hub, adapter
 
 
 # In parts
+
+
+def test_what_a_gitignore_there_keeps_out_is_told_and_nothing_is_pushed_without_it(served: Hub, adapter: Path) -> None:
+    push(served, adapter)
+    served.commit(served.repo("alice/mine", "models"), {".gitignore": "*.safetensors"})
+    changed(adapter)
+    before = state(served)
+    for _ in range(2):
+        with pytest.raises(HubError, match=rf"its \.gitignore keeps out {WEIGHTS}, so nothing was pushed; change that"):
+            push(served, adapter)
+        assert state(served) == before
+
+
+@pytest.mark.parametrize("token", [f"{ALICE}\n", f"{ALICE}\nalice", f"{ALICE} x", f"{ALICE}\u200b", f"{ALICE}ü"])
+def test_a_token_that_no_header_can_hold_is_refused_and_never_repeated(served: Hub, adapter: Path, token: str) -> None:
+    with pytest.raises(HubError, match="the token holds a space, a line break or another character") as refused:
+        push(served, adapter, token)
+    assert MARK not in str(refused.value) and not served.requests
+
+
+@pytest.mark.parametrize("url", ["http://localhost:port", "ftp://localhost", "http://[::1", "localhost"])
+def test_a_wrong_address_of_the_hub_is_told(url: str) -> None:
+    with pytest.raises(HubError, match="^account: ") as told:
+        account(ALICE, endpoint=url)
+    assert MARK not in str(told.value)
+
+
+def test_what_answers_and_is_no_hub_is_told(served: Hub) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"error": "sign in at the proxy"})
+        with pytest.raises(HubError, match="^account: what answered is no Hub; correct HF_ENDPOINT"):
+            account(ALICE, endpoint=served.url)
 
 
 def test_a_large_file_goes_in_parts_and_parts_that_fail_are_sent_again(served: Hub, adapter: Path) -> None:

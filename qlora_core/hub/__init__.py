@@ -15,7 +15,7 @@ from qlora_core.hub.probe import Also, Probe, probe
 from qlora_core.hub.push import Push, Pushed
 from qlora_core.hub.releases import Release
 from qlora_core.hub.reports import report_push
-from qlora_core.hub.versions import RolledBack, Version, rollback, versions
+from qlora_core.hub.versions import RolledBack, Version, change, measured, rollback, versions
 
 __all__ = [
     "Account",
@@ -32,10 +32,12 @@ __all__ = [
     "account",
     "acting_as",
     "acting_token",
+    "change",
     "dataset_push",
     "full_name",
     "hub_errors",
     "machine_token",
+    "measured",
     "model_push",
     "plan_collection",
     "probe",

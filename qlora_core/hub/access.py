@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_core.errors import HubError
 from qlora_core.hub import scopes
-from qlora_core.hub.faults import SIGN_IN, hub_errors
+from qlora_core.hub.faults import SIGN_IN, TOKENS_PAGE, hub_errors
 
 NAME_CHARACTERS = 96  # of owner and name together, as huggingface_hub checks
 WRITERS = ("admin", "write", "contributor")  # roles in an organization
@@ -16,7 +16,6 @@ KINDS = ("model", "dataset", "space")
 
 
 READ, WRITE, FINE_GRAINED, OAUTH = "read", "write", "fine-grained", "sign-in"
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,10 @@ def account(token: str, *, endpoint: str | None = None) -> Account:
         raise HubError(f"no token of the Hub is there; {SIGN_IN}")
     with hub_errors("account", token):
         told = HfApi(endpoint=endpoint, token=token).whoami()
-    return _account(told, token)
+    try:
+        return _account(told, token)
+    except (LookupError, TypeError, AttributeError):
+        raise HubError("account: what answered is no Hub; correct HF_ENDPOINT, or look at the proxy between") from None
 
 
 def _account(told: dict[str, Any], token: str) -> Account:

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_core.errors import HubError
-from qlora_core.hub.access import FINE_GRAINED, OAUTH, TOKENS_PAGE, Account, account
-from qlora_core.hub.faults import hub_errors
+from qlora_core.hub.access import FINE_GRAINED, OAUTH, Account, account
+from qlora_core.hub.faults import TOKENS_PAGE, hub_errors
 from qlora_core.hub.files import RepoType
-from qlora_core.hub.probe import COLLECTS
+from qlora_core.hub.scopes import COLLECTS, COLLECTS_PERMISSION
 
 if TYPE_CHECKING:
     from huggingface_hub import Collection, HfApi
 
 # https://huggingface.co/docs/huggingface_hub/package_reference/collections
-DESCRIPTION_CHARACTERS, NOTE_CHARACTERS = 150, 500
+TITLE_CHARACTERS, DESCRIPTION_CHARACTERS, NOTE_CHARACTERS = 60, 150, 500
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def check_collection(title: str, items: Sequence[CollectionItem] = (), *, descri
     problems = []
     if not title.strip():
         problems.append("collection: has no title; name it")
+    if len(title) > TITLE_CHARACTERS:
+        problems.append(
+            f"collection {title!r}: its title is {len(title)} characters long; the Hub allows {TITLE_CHARACTERS}"
+        )
     if len(description) > DESCRIPTION_CHARACTERS:
         problems.append(
             f"collection {title!r}: its description is {len(description)} characters long; the Hub allows {DESCRIPTION_CHARACTERS}"
@@ -126,7 +130,10 @@ def _find(api: "HfApi", title: str, owner: str) -> "Collection | None":
 
 def _check_owner(title: str, who: Account, owner: str) -> None:
     if who.kind == FINE_GRAINED:
-        return  # its rights to repositories say nothing of those to collections, which the Hub tells when asked
+        # Its rights to repositories say nothing of those to collections; where it does not tell of these, the Hub does when asked.
+        if who.permissions and not any(told.endswith(f" {COLLECTS_PERMISSION}") for told in who.permissions):
+            raise HubError(f"collection {title!r}: {_remedy(who, owner)}")
+        return
     if not who.may_write:
         raise HubError(f"collection {title!r}: {who.read_only()}")
     if not who.writes_to(owner):

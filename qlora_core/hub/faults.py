@@ -1,5 +1,6 @@
 """What a failed request to the Hub means, as a sentence with its remedy and without the token. Imports no torch."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,10 @@ from contextlib import contextmanager
 from qlora_core.errors import HubError, LabError
 from qlora_core.hub import scopes
 
-SIGN_IN = "sign in, or set HF_TOKEN to a token from https://huggingface.co/settings/tokens"
+TOKENS_PAGE = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/settings/tokens"
+SIGN_IN = f"sign in, or set HF_TOKEN to a token from {TOKENS_PAGE}"
+# A header can hold no other characters, and clients show the whole header in what they say of one that does.
+TOKEN = re.compile(r"[\x21-\x7e]+")
 # Xet's client has no exceptions of its own and says the status only in words.
 XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 SPACE = re.compile(r"storage (?:limit|quota|patterns)|(?:limit|quota) (?:of|for) storage", re.IGNORECASE)
@@ -16,20 +20,24 @@ SPACE = re.compile(r"storage (?:limit|quota|patterns)|(?:limit|quota) (?:of|for)
 @contextmanager
 def hub_errors(what: str, token: str | None, *, error: type[LabError] = HubError) -> Iterator[None]:
     """Whatever the Hub's clients raise inside becomes one problem of `what`."""
-    from httpx2 import HTTPError
+    from httpx2 import HTTPError, InvalidURL
 
+    if token and not TOKEN.fullmatch(token):
+        raise error(
+            f"{what}: the token holds a space, a line break or another character that no token has; copy it again"
+        )
     try:
         yield
     except LabError:
         raise
     # Refused connections are httpx2's, failed uploads RuntimeError (LFS) or ConnectionError (Xet), bad cards ValueError.
-    except (HTTPError, OSError, RuntimeError, ValueError) as found:
+    except (HTTPError, InvalidURL, OSError, RuntimeError, ValueError) as found:
         raise error(f"{what}: {reason(found, token)}") from None
 
 
 def reason(error: BaseException, token: str | None) -> str:
     """What a failed request to the Hub means and what to do, without the token."""
-    from httpx2 import HTTPError
+    from httpx2 import HTTPError, InvalidURL
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -71,6 +79,8 @@ def reason(error: BaseException, token: str | None) -> str:
         return "the Hub asks to wait, too many requests were made; try again in some minutes"
     if status is not None and status >= 500:
         return f"the Hub has a fault of its own (status {status}); try again later"
+    if isinstance(error, InvalidURL):
+        return f"the Hub has no such address ({text}); correct HF_ENDPOINT, or unset it"
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub is switched off here (HF_HUB_OFFLINE); unset it"
     if status is None and isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):

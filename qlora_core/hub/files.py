@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
+from qlora_core.hub.releases import FORCE
 from qlora_core.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def compare(
         wrong = [add.path_in_repo for add in adds if not same(add, remote.get(add.path_in_repo))]
     if wrong:
         raise HubError(
-            f"{what}: commit {commit[:8]} holds other bytes than were sent in {', '.join(wrong)}; push again"
+            f"{what}: commit {commit[:8]} holds other bytes than were sent in {', '.join(wrong)}; push again, forced ({FORCE})"
         )
 
 

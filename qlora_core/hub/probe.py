@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_core.errors import HubError
 from qlora_core.hub import scopes
-from qlora_core.hub.access import FINE_GRAINED, KINDS, OAUTH, TOKENS_PAGE, Account, account, full_name
-from qlora_core.hub.faults import hub_errors
+from qlora_core.hub.access import FINE_GRAINED, KINDS, OAUTH, Account, account, full_name
+from qlora_core.hub.faults import TOKENS_PAGE, hub_errors
 from qlora_core.hub.files import RepoType
 from qlora_core.hub.repos import public_already
-from qlora_core.hub.scopes import COLLECTS, DISCUSSES
+from qlora_core.hub.scopes import COLLECTS, COLLECTS_PERMISSION, DISCUSSES
 from qlora_core.wording import size
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _Look:
         problems = [*([] if self.who.may_write else [self.who.read_only()]), *self.problems]
         if not scopes.has(self.scopes, (*scopes.WRITES, *scopes.CREATES)):
             problems.insert(0, f"{_token(self.who)}: may only read; {scopes.ask_for(scopes.CREATES, self.who.name)}")
-        if "collection" in self.also and (missing := self._missing(COLLECTS, "collection.write")):
+        if "collection" in self.also and (missing := self._missing(COLLECTS, COLLECTS_PERMISSION)):
             problems.append(f"a collection: {missing}")
         return Probe(self.who, self.scopes, problems=tuple(problems), notes=tuple(self.notes), **known)  # type: ignore[arg-type]
 

@@ -183,7 +183,7 @@ class Push:
         ]
         size = sum(add.upload_info.size for add in adds)
         self.report(f"Sending {len(adds)} files, {size / 1e6:,.1f} MB")
-        self._send_large(planned.repo_id, branch, adds)
+        self._send(planned.repo_id, branch, adds)
         info = api.create_commit(
             planned.repo_id,
             [*adds, *(CommitOperationDelete(name) for name in planned.removes)],
@@ -195,21 +195,29 @@ class Push:
         )
         return info, planned, adds
 
-    def _send_large(self, repo_id: str, branch: str | None, adds: "list[CommitOperationAdd]") -> None:
-        """One after the other, so that it can be told how far it is. Nobody sees them before the commit."""
+    def _send(self, repo_id: str, branch: str | None, adds: "list[CommitOperationAdd]") -> None:
+        """One after the other, so that it can be told how far it is. Nobody sees them before the commit. Raises HubError where a
+        .gitignore there keeps out some of the files: the client would leave them out without a word, and commit the others."""
         large = [add for add in adds if add.upload_info.size >= LARGE_BYTES]
         sent, total = 0, sum(add.upload_info.size for add in large)
-        for add in large:
-            self.report(f"Sending {add.path_in_repo}", sent, total, "bytes")
+        for some in (*([add] for add in large), [add for add in adds if add not in large]):
+            if some[0] in large:
+                self.report(f"Sending {some[0].path_in_repo}", sent, total, "bytes")
             self.api.preupload_lfs_files(
                 repo_id,
-                [add],
+                some,
                 repo_type=self.kind,
                 revision=branch,
                 create_pr=self.pull_request,
                 free_memory=False,  # what arrived is compared with it
             )
-            sent += add.upload_info.size
+            sent += sum(add.upload_info.size for add in some)
+        # The Hub's answer of each; the client has no public word for it.
+        if ignored := [add.path_in_repo for add in adds if add._should_ignore]:
+            raise HubError(
+                f"{self.kind} {repo_id!r}: its .gitignore keeps out {', '.join(ignored)}, so nothing was pushed; change that file "
+                "there, or choose another name"
+            )
 
     def _unchanged(self, planned: PushPlan, remote: Remote) -> Pushed:
         """Also ends what an earlier push was cut off from: the tag of its commit."""

@@ -11,8 +11,9 @@ from qlora_core.errors import HubError
 RECORD = "release.json"
 MODELS = ("adapter", "merged")
 FORCE = "--force, or “Over a better version” on the page"
-LOSSES = ("eval_loss", "trained_eval_loss")  # of an adapter; of the model from which a merged one was made
-WORSE_SHARE = 0.05  # of the evaluation loss, above which a version is not published over another
+# Of an adapter; of the model from which a merged one was made.
+LOSSES, SCORES = ("eval_loss", "trained_eval_loss"), ("score", "trained_score")
+WORSE_SHARE = 0.05  # of the older version's measure, beyond which a version is not published over it
 MOST_BYTES = 1_000_000  # of a record; a stranger's file may be anything
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 REVISION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?")
@@ -22,7 +23,7 @@ REVISION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?")
 class Release:
     """What a version is. `version` is "" until it is known; `files` by path -> SHA-256 and git's blob hash, besides the record.
 
-    `metrics` holds numbers by name; the first of LOSSES is compared where `eval_fingerprint` is the same."""
+    `metrics` holds numbers by name; the first of LOSSES and of SCORES are compared where `eval_fingerprint` is the same."""
 
     what: str
     version: str = ""
@@ -49,7 +50,7 @@ class Release:
             known["files"] = {str(name): (str(a), str(b)) for name, (a, b) in known.get("files", {}).items()}
             known["metrics"] = {str(name): float(value) for name, value in known.get("metrics", {}).items()}
             found = cls(**known)
-        except (ValueError, TypeError, AttributeError, OverflowError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
         texts = (
             found.what,
@@ -63,11 +64,11 @@ class Release:
 
 
 def gate(what: str, before: Release | None, new: Release) -> tuple[str | None, str | None]:
-    """(why the new version should not replace the one before, why that cannot be told): the first is a loss on the same rows that
-    is more than 5 % higher."""
+    """(why the new version should not replace the one before, why that cannot be told): the first is an evaluation loss on the
+    same rows that is more than 5 % higher, or a task score that is more than 5 % lower."""
     if before is None or before.what not in MODELS:
         return None, None
-    old, now = (next((r.metrics[name] for name in LOSSES if name in r.metrics), None) for r in (before, new))
+    old, now = _first(before, LOSSES), _first(new, LOSSES)
     if old is None or now is None:
         which = f"version {before.version}" if old is None else "this version"
         return None, f"{what}: {which} has no evaluation loss on record, so which of the two is better is not known"
@@ -76,12 +77,23 @@ def gate(what: str, before: Release | None, new: Release) -> tuple[str | None, s
             None,
             f"{what}: version {before.version} was evaluated on other rows, so which of the two is better is not known",
         )
-    if now <= old * (1 + WORSE_SHARE):
+    worse = []
+    if now > old * (1 + WORSE_SHARE):
+        worse.append(
+            f"an evaluation loss of {old:.4f} on the same rows, this one {now:.4f}, which is {now / old - 1:.1%} worse"
+        )
+    had, has = _first(before, SCORES), _first(new, SCORES)
+    if had is not None and has is not None and has < had * (1 - WORSE_SHARE):
+        worse.append(f"{had:.1%} of the same rows right, this one {has:.1%}")
+    if not worse:
         return None, None
     return (
-        f"{what}: its version {before.version} has an evaluation loss of {old:.4f} on the same rows, this one {now:.4f}, which is "
-        f"{now / old - 1:.1%} worse; force it ({FORCE}), or push it into another repository"
+        f"{what}: its version {before.version} has {'; and '.join(worse)}; force it ({FORCE}), or push it into another repository"
     ), None
+
+
+def _first(release: Release, names: Iterable[str]) -> float | None:
+    return next((release.metrics[name] for name in names if name in release.metrics), None)
 
 
 def check_revision(revision: str | None) -> None:

@@ -9,6 +9,7 @@ WRITES = ("write-repos", "manage-repos")
 CREATES = ("contribute-repos", "manage-repos")
 READS_PRIVATE = ("read-repos", *WRITES)
 DISCUSSES, COLLECTS = "write-discussions", "write-collections"
+COLLECTS_PERMISSION = "collection.write"  # of a fine-grained token
 PREFIX = "hf_oauth_"  # of the tokens that a sign-in gives
 
 

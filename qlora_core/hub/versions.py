@@ -63,6 +63,22 @@ def versions(
     return sorted(made, key=lambda version: _parts(version.version), reverse=True)
 
 
+def measured(release: Release) -> str:
+    """Its metrics in words; empty where nothing was measured."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items())
+
+
+def change(version: Version, before: Version | None) -> str:
+    """What differs from an older version, only where both were evaluated on the same rows; empty where nothing can be compared."""
+    new, old = version.release, before.release if before else None
+    if new is None or old is None:
+        return ""
+    if not new.eval_fingerprint or new.eval_fingerprint != old.eval_fingerprint:
+        return "evaluated on other rows"
+    both = [name for name in new.metrics if name in old.metrics and name != "train_loss"]
+    return ", ".join(f"{name.replace('_', ' ')} {new.metrics[name] - old.metrics[name]:+.4f}" for name in both)
+
+
 def rollback(
     repo_id: str,
     version: str,

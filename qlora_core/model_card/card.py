@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_core.errors import RunError
 from qlora_core.model_card import evidence, figures
 from qlora_core.model_card.facts import ADAPTER, DEQUANTIZED, Facts, gather
 from qlora_core.model_card.licences import licence_section, of_data, of_model
 from qlora_core.model_card.loading_code import in_4_bits, loading_code
 from qlora_core.model_card.markdown import code, fenced, front_matter, prose, table
-from qlora_core.model_card.metadata import metadata
+from qlora_core.model_card.metadata import metadata, validate
 from qlora_core.runs import Run
 from qlora_core.study_charts.frame import hues
 from qlora_core.study_numbers import Arm, arms, losses, memory_kind
@@ -105,7 +106,10 @@ def model_card(
         "Environment": evidence.environment_section(facts),
     }
     body = [f"## {title}\n\n{content}" if title else content for title, content in sections.items() if content]
-    return Card("\n\n".join([front_matter(metadata(facts, licence=licence)), *body]) + "\n", images)
+    card = Card("\n\n".join([front_matter(metadata(facts, licence=licence)), *body]) + "\n", images)
+    if problems := validate(card.text):  # the Hub would say so only after the weights are sent
+        raise RunError(*(f"{run.run_id}: its card: {problem}" for problem in problems))
+    return card
 
 
 # -- what it is

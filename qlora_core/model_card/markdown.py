@@ -29,7 +29,8 @@ def code(value: object) -> str:
 
 
 def prose(text: str) -> str:
-    """What a person wrote, as paragraphs and "- " lists that read exactly so; no mark-up of theirs is followed."""
+    """What a person wrote, as paragraphs and "- " lists that read exactly so; no mark-up of theirs is followed.
+    A bare address stays one, which the Hub links."""
     blocks = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n").replace("\r", "\n"))
     shown = ["\n".join(filter(None, map(_line, block.split("\n")))) for block in blocks]
     return "\n\n".join(filter(None, shown))

@@ -111,24 +111,11 @@ def _row(version: Version, before: Version | None) -> str:
     if release is None:
         told = ("not made here", "–", "–", "–")
     else:
-        measured = (
-            ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items()) or "nothing"
-        )
-        told = (release.what, measured, _change(version, before), release.dataset_fingerprint[:8])
+        change = hub.change(version, before) or "–"
+        told = (release.what, hub.measured(release) or "nothing", change, release.dataset_fingerprint[:8])
     return "".join(
         ["<tr>", *(f"<td>{esc(text)}</td>" for text in (version.version + now, *told, version.commit[:8])), "</tr>"]
     )
-
-
-def _change(version: Version, before: Version | None) -> str:
-    """Only where both were evaluated on the same rows."""
-    new, old = version.release, before.release if before else None
-    if new is None or old is None:
-        return "–"
-    if not new.eval_fingerprint or new.eval_fingerprint != old.eval_fingerprint:
-        return "evaluated on other rows"
-    both = [name for name in new.metrics if name in old.metrics and name != "train_loss"]
-    return ", ".join(f"{name.replace('_', ' ')} {new.metrics[name] - old.metrics[name]:+.4f}" for name in both) or "–"
 
 
 def told_html(back: RolledBack, *, plan: bool) -> str:
