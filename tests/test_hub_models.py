@@ -1,21 +1,19 @@
 """Models on the Hub through the true client against a Hub on loopback: plans, pushes, versions, faults."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub, hub
+from hub_served import ALICE, MARK, READER
+from hub_served import pytestmark as pytestmark
+from hub_served import served as served
+from hub_server import Hub
 
 from qlora_core.errors import HubError
-from qlora_core.hub import Pushed, PushPlan, Release, model_push, rollback, versions
+from qlora_core.hub import Account, Pushed, PushPlan, Release, full_name, model_push, rollback, versions
 from qlora_core.hub.arrived import download
 
-# huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
-MARK = "hf_SECRETMARKER"
-ALICE, READER, BOB = f"{MARK}alice", f"{MARK}reader", f"{MARK}bob"
 SENT = {
     "README.md",
     "adapter_config.json",
@@ -25,22 +23,6 @@ SENT = {
     "images/loss.png",
     "release.json",
 }
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub(tmp_path / "hub") as found:
-        found.add_user("alice", organizations={"acme": "write", "readers": "read"})
-        found.add_user("bob")
-        found.add_token("alice", text=ALICE)
-        found.add_token("alice", "read", text=READER)
-        found.add_token("bob", text=BOB)
-        yield found
 
 
 @pytest.fixture
@@ -326,7 +308,11 @@ def test_a_strangers_record_is_not_read_where_it_is_huge(served: Hub) -> None:
     assert not any("/resolve/" in seen.path for seen in served.requests)
 
 
-def test_a_public_push_into_a_private_repository_says_that_it_stays_private(served: Hub, adapter: Path) -> None:
+def test_a_public_push_goes_into_a_public_repository_and_a_private_one_stays_private(
+    served: Hub, adapter: Path
+) -> None:
+    served.add_repo("alice/open", kind="models")
+    assert push(served, adapter, "open", private=False).changed
     push(served, adapter)
     shown = plan(served, weights(adapter, "second"), private=False)
     assert any("stays private" in sentence for sentence in shown.sentences())
@@ -377,17 +363,13 @@ def test_a_branch_and_a_pull_request_leave_the_main_branch_as_it_is(served: Hub,
     ("repo_id", "token", "words"),
     [
         ("my model", ALICE, "holds a space"),
-        ("a/b/c", ALICE, "more than one slash"),
         ("datasets/alice/x", ALICE, "is that of a dataset"),
-        ("a..b", ALICE, "holds '..'"),
-        ("m" * 200, ALICE, "characters long"),
-        ("modèle", ALICE, "holds 'è'"),
         ("readers/mine", ALICE, "alice may not write; you may write to: alice, acme"),
-        ("bob/mine", ALICE, "alice may not write"),
         ("mine", READER, "may only read"),
         ("mine", f"{MARK}gone", "invalid or has expired"),
         ("mine", "", "no token of the Hub"),
         ("taken", ALICE, "there is a dataset of this name"),
+        ("space", ALICE, "there is a space of this name"),
         ("whole", ALICE, "holds a whole model, so an adapter cannot"),
         ("open", ALICE, "is there already and is public"),
     ],
@@ -396,13 +378,41 @@ def test_what_cannot_be_pushed_is_told_before_anything_is_sent(
     served: Hub, adapter: Path, repo_id: str, token: str, words: str
 ) -> None:
     served.add_repo("alice/taken", kind="datasets")
+    served.add_repo("alice/space", kind="spaces")
     served.add_repo("alice/whole", {"config.json": "{}"}, kind="models", private=True)
     served.add_repo("alice/open", kind="models")
     with pytest.raises(HubError) as found:
         push(served, adapter, repo_id, token=token)
     assert words in str(found.value) and MARK not in str(found.value)
-    assert {seen.method for seen in served.requests if seen.path != "/api/repos/create"} <= {"GET"}
-    assert not any(seen.path == "/api/repos/create" for seen in served.requests)
+    assert {seen.method for seen in served.requests} <= {"GET"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my data", "holds a space"),
+        ("alice/data/x", "more than one slash"),
+        ("alice/", "is not complete"),
+        ("", "is not complete"),
+        ("a..b", "holds '..'"),
+        ("a--b", "holds '--'"),
+        ("-data", "starts or ends with '-' or '.'"),
+        ("données", "holds 'é'"),
+        ("data.git", "ends with '.git'"),
+        ("d" * 91, "is 97 characters long"),
+        ("bob/data", "alice may not write"),
+    ],
+)
+def test_bad_names_are_told_with_the_remedy(name: str, words: str) -> None:
+    with pytest.raises(HubError) as found:
+        full_name(name, Account("alice", ("acme",), may_write=True))
+    assert words in str(found.value) and repr(name) in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["data", " data ", "alice/data", "Acme/data.v1_x-2", "d" * 90])
+def test_good_names_get_their_owner(name: str) -> None:
+    owner = "" if "/" in name else "alice/"
+    assert full_name(name, Account("alice", ("acme",), may_write=True)) == owner + name.strip()
 
 
 @pytest.mark.parametrize(
@@ -410,11 +420,9 @@ def test_what_cannot_be_pushed_is_told_before_anything_is_sent(
     [
         ("POST", "/api/repos/create", 403, "does not allow it"),
         ("POST", "/api/repos/create", 409, "there is one of this name that this token cannot see"),
-        ("POST", "/preupload/", 401, "does not accept the token"),
+        ("POST", "/preupload/", 403, "new and still empty: the Hub does not allow it"),
         ("PUT", "/cdn/", 400, "A fault that the test asked for"),
-        ("POST", "/commit/", 429, "asks to wait"),
-        ("POST", "/commit/", 503, "fault of its own (status 503)"),
-        ("POST", "/tag/", 500, "was pushed as commit"),
+        ("POST", "/tag/", 500, "but not tagged as 'v1'; push again to tag it"),
     ],
 )
 def test_a_fault_publishes_nothing_and_pushing_again_ends_it(
@@ -423,9 +431,8 @@ def test_a_fault_publishes_nothing_and_pushing_again_ends_it(
     served.faults.append((method, path, status))
     with pytest.raises(HubError) as found:
         push(served, adapter)
-    assert words in str(found.value) and MARK not in str(found.value)
-    tagging = path == "/tag/"
-    assert all(len(repo.commits) == 1 + tagging for repo in served.repos.values())
+    assert words in str(found.value) and "\n" not in str(found.value) and MARK not in str(found.value)
+    assert all(len(repo.commits) == 1 + (path == "/tag/") for repo in served.repos.values())
     served.faults.clear()
     push(served, adapter)
     repo = served.repo("alice/mine", "models")
@@ -451,32 +458,40 @@ def test_a_commit_in_between_is_gone_around_once_where_it_changes_nothing_of_our
     push(served, adapter)
     repo = served.repo("alice/mine", "models")
 
-    def meanwhile(path: str, said: list[str]) -> Any:
+    def meanwhile(path: str) -> Any:
         def report(line: str) -> None:
-            if line.startswith("Sending") and not said:
-                said.append(line)
+            if line.startswith("Sending") and repo.head.files.get(path) != served.store(path, "theirs"):
                 served.commit(repo, {path: "theirs"}, title="Meanwhile")
 
         return report
 
-    assert push(served, weights(adapter, "second"), report=meanwhile("notes.txt", [])).version == "v2"
+    assert push(served, weights(adapter, "second"), report=meanwhile("notes.txt")).version == "v2"
     assert [commit.title for commit in repo.commits][2:] == ["Meanwhile", "v2: adapter"]
     assert served.read(repo, "notes.txt") == b"theirs"
-    with pytest.raises(HubError, match=r"has changed since|as no push from here"):
-        push(served, weights(adapter, "third"), report=meanwhile("README.md", []))
+    with pytest.raises(HubError, match=r"holds README\.md as no push from here made them"):
+        push(served, weights(adapter, "third"), report=meanwhile("README.md"))
+    (adapter / "added_tokens.json").write_text("{}")
+    with pytest.raises(HubError, match="has changed since its changes were shown"):
+        push(served, adapter, report=meanwhile("added_tokens.json"), force=True)
     assert repo.head.title == "Meanwhile"
 
 
-def test_what_arrived_damaged_is_told(served: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_arrived_damaged_or_not_at_all_is_told(
+    served: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_commit = served.add_commit
 
     def damaging(repo: Any, ref: str, files: Any, gone: Any, **named: Any) -> Any:
-        wrong = {"tokenizer.json": served.store("tokenizer.json", "[]")} if "tokenizer.json" in files else {}
-        return add_commit(repo, ref, {**files, **wrong}, gone, **named)
+        damaged = ("tokenizer.json", "adapter_model.safetensors") if "README.md" in files else ()
+        wrong = {path: served.store(path, (adapter / path).read_bytes()[::-1]) for path in damaged}
+        arrived = {path: file for path, file in files.items() if path != "README.md"}
+        return add_commit(repo, ref, arrived | wrong, gone, **named)
 
     monkeypatch.setattr(served, "add_commit", damaging)
-    with pytest.raises(HubError, match=r"holds other bytes than were sent in tokenizer\.json"):
+    with pytest.raises(HubError, match="holds other bytes than were sent in ") as found:
         push(served, adapter)
+    names = str(found.value).partition("were sent in ")[2].partition(";")[0].split(", ")
+    assert sorted(names) == ["README.md", "adapter_model.safetensors", "tokenizer.json"]
     assert "refs/tags/v1" not in served.repo("alice/mine", "models").refs
 
 

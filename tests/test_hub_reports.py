@@ -15,7 +15,7 @@ import yaml
 from hub_server import Hub, hub
 from huggingface_hub import DatasetCard
 from study_builders import analysed, ladder, study, study_run
-from test_hub_datasets import client
+from hub_served import client
 
 from qlora_core.errors import HubError
 from qlora_core.hub import Pushed, PushPlan, dataset_push, report_push, versions
