@@ -71,6 +71,8 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("repo_id", metavar="OWNER/NAME", nargs="?", help="of a push that is to come")
     command.add_argument("--public", action="store_true", help="that push would be public")
+    command.add_argument("--pull-request", action="store_true", help="that push would be a pull request")
+    command.add_argument("--collection", action="store_true", help="that push would go into a collection")
     _add_kind(command)
     command.set_defaults(command=_probe)
 
@@ -219,7 +221,9 @@ def _shown(asked: publishing.Agreement) -> dict[str, Any]:
 
 
 def _probe(options: argparse.Namespace, settings: Settings) -> int:
-    found = hub.probe(_token(options), options.repo_id, kind=options.kind, private=not options.public)
+    given: dict[hub.Also, bool] = {"pull request": options.pull_request, "collection": options.collection}
+    also = [one for one, wanted in given.items() if wanted]
+    found = hub.probe(_token(options), options.repo_id, kind=options.kind, private=not options.public, also=also)
     if options.json:
         names = ("ok", "name", "namespaces", "exists", "private", "may_write", "problems", "notes")
         print_json({name: getattr(found, name) for name in names})

@@ -6,11 +6,12 @@ from pathlib import Path
 import gradio as gr
 import pytest
 from hub_server import Hub, hub
+from test_ui import loops_of_gradio  # noqa: F401 - a fixture
 
 from qlora_core.ui.probe_part import ProbePart
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-ALICE, READER = "hf_SECRETMARKERalice", "hf_SECRETMARKERreader"
+ALICE, READER, NARROW = (f"hf_SECRETMARKER{who}" for who in ("alice", "reader", "narrow"))
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_a_push_that_will_work_is_told_with_what_is_known(served: Hub, part: Pro
     assert "Asking the Hub" in asking
     assert "✓ A private model can be pushed there" in told and "acme/new: is not there yet" in told
     assert {seen.method for seen in served.requests} == {"GET"} and not served.repos
+
+
+def test_a_public_push_and_what_goes_with_it_are_asked_about_too(served: Hub, part: ProbePart) -> None:
+    served.add_fine_grained_token("alice", {"user:alice": ["repo.write"]}, text=NARROW)
+    *_, told = part.answer(None, NARROW, "new", True)
+    assert "✓ A public model can be pushed there" in told
+    *_, told = part.answer(None, NARROW, "new", False, ["pull request", "collection"])
+    assert "there is nothing to make a pull request to" in told and "collection.write" in told and "✓" not in told
 
 
 @pytest.mark.parametrize(
