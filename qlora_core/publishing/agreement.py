@@ -3,10 +3,18 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from qlora_core.errors import HubError
 
-UNSEEN = "unseen"  # agrees to whatever it is, as scripts may
+
+class Unseen(Enum):
+    """Agrees to whatever it is, as a script may that says so. No text that a client sends is equal to it."""
+
+    UNSEEN = auto()
+
+
+UNSEEN = Unseen.UNSEEN
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Agreement:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.plan, self.warnings]).encode()).hexdigest()[:12]
 
-    def check(self, agreed: str | None) -> None:
+    def check(self, agreed: str | Unseen | None) -> None:
         """Raises NotAgreed unless `agreed` is the digest of just this, or nothing needs to be agreed to."""
         if self.needed and agreed not in (self.digest, UNSEEN):
             raise NotAgreed(self, changed=bool(agreed))

@@ -1,15 +1,15 @@
 """A run's adapter or merged model with its card to the Hub: prepared, shown, agreed to, pushed, proven, recorded."""
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_core import hub
 from qlora_core.drift import for_card, read_drift
-from qlora_core.errors import RunError
+from qlora_core.errors import HubError, RunError
+from qlora_core.hub.releases import check_version
 from qlora_core.merging import merge, ways
 from qlora_core.model_card import Card, CardText, model_card
 from qlora_core.publishing.proof import prove
@@ -46,7 +46,7 @@ def prepare(
 ) -> tuple[Path, hub.Push]:
     """The folder and its push, whose `plan()` tells what it would change. Merges first where that is not there.
 
-    Raises HubError, before that merge where token, name or repository would not do, RunError for a run without an adapter.
+    Raises HubError, before that merge where token, name, version or repository would not do, RunError for a run without an adapter.
     """
     if (state := run.status().state) in ACTIVE:
         raise RunError(f"{run.run_id}: is {state}; push it when it has ended, or stop it first")
@@ -62,7 +62,12 @@ def prepare(
         "endpoint": endpoint,
         "report": report,
     }
-    name = hub.Push(repo_id, "model", token, release, {}, **asked).plan().repo_id  # refused before minutes of merging
+    check_version(how.version)
+    # Refused before minutes of merging. What it will hold is not known yet, so neither whether its version is taken.
+    looked = hub.Push(repo_id, "model", token, replace(release, version=""), {"README.md": b""}, **asked).plan()
+    if how.what == "merged" and not how.force and looked.refusals:
+        raise HubError(*looked.refusals)
+    name = looked.repo_id
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
     card = card_of(run, name, how)
     return folder, hub.model_push(
@@ -133,18 +138,14 @@ def publish(run: Run, folder: Path, push: hub.Push, agreed: str) -> dict[str, An
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
 
-        def committed(pushed: hub.Pushed) -> dict[str, Any]:
+        def committed(pushed: hub.Pushed) -> None:
             """It is on the Hub: nothing that goes wrong from here on may hide that."""
-            entry = {**asdict(pushed), "what": push.release.what, "private": push.private, "at": time.time()}
-            entry["proof"] = {"state": "pending"}
-            record(run.path, entry)
-            return entry
+            record(run.path, push, pushed, proof={"state": "pending"})
 
         pushed = push.run(agreed, committed=committed)
         for entry in published(run.path):
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)
             if same and not pushed.changed and entry.get("proof", {}).get("state") == "proven":
                 return {**entry, "changed": False}
-        entry = {**committed(pushed), "proof": prove(run, push, folder, pushed)}
-        record(run.path, entry)
-    return entry
+        committed(pushed)
+        return record(run.path, push, pushed, proof=prove(run, push, folder, pushed))

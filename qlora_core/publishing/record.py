@@ -2,12 +2,14 @@
 
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qlora_core import hub
 from qlora_core.errors import ConfigError
 from qlora_core.model_card import CardText
 from qlora_core.model_card.markdown import MOST_PROSE
@@ -28,12 +30,19 @@ def shown(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in published(folder) if not (os.environ.get("SPACE_ID") and entry["private"])]
 
 
-def record(folder: Path, entry: dict[str, Any]) -> None:
-    """In place of an earlier record of the same commit."""
+def record(
+    folder: Path | None, push: hub.Push, pushed: hub.Pushed, *, proof: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The entry of what is on the Hub now, kept in place of an earlier one of the same commit; nowhere where there is no folder."""
+    entry = {**asdict(pushed), "what": push.release.what, "private": push.private, "at": time.time()}
+    entry |= {"proof": proof} if proof else {}
+    if folder is None:
+        return entry
     same = (entry["url"], entry["commit"], entry["what"])
     with lock(folder / "published.lock", wait=True):
         others = [other for other in published(folder) if (other["url"], other["commit"], other["what"]) != same]
         write_json(folder / PUBLISHED, [*others, entry])
+    return entry
 
 
 def card_text(run: Run) -> CardText:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_core import hub
 from qlora_core.errors import HubError, LabError
-from qlora_core.publishing.agreement import Agreement
+from qlora_core.publishing.agreement import Agreement, Unseen
 from qlora_core.publishing.parts import Part
 
 # Of the second and further things, which are in repositories of their own beside the first.
@@ -44,10 +44,13 @@ class Together:
         ]
         if refused:
             raise HubError(*refused)
-        sentences = [sentence for plan in self.plans for sentence in plan.sentences()]
+        sentences = []
+        for part, plan in zip(self.parts, self.plans, strict=True):
+            sentences += [*plan.sentences(), *(f"  {note}" for note in part.notes)]
         if self.collection:
             sentences.append(self._collection_planned())
         told = [part.warning for part in self.parts if part.warning]
+        told += [doubt for part in self.parts for doubt in part.doubts]
         told += [why for plan in self.plans for why in (*plan.refusals, *plan.doubts)]
         warnings = tuple(dict.fromkeys(told))
         digest = hashlib.sha256(" ".join([plan.digest for plan in self.plans] + [self.collection]).encode()).hexdigest()
@@ -60,7 +63,7 @@ class Together:
         owner = self.plans[0].repo_id.partition("/")[0]
         return hub.plan_collection(self.collection, owner, token=token, private=self.private, endpoint=endpoint)
 
-    def publish(self, agreed: str | None) -> dict[str, Any]:
+    def publish(self, agreed: str | Unseen | None) -> dict[str, Any]:
         """{"pushed": a record each, "collection": its URL}. Raises NotAgreed before anything is sent, LabError naming what is on
         the Hub by then."""
         self.report("\n".join((*self.agreement.sentences, *self.agreement.warnings)))

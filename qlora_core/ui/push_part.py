@@ -12,7 +12,7 @@ from qlora_core.settings import Settings
 from qlora_core.ui.card_editor import CardEditor
 from qlora_core.ui.identity import Identity
 from qlora_core.ui.merge_choice import MergeChoice, is_quantised
-from qlora_core.ui.pushing import Pushing, Wish, repository, target
+from qlora_core.ui.pushing import Pushing, Wish, further, further_asked, repository, target
 from qlora_core.ui.uploads import safe_name
 from qlora_core.ui.versions_part import VersionsPart
 from qlora_core.ui.words import clock, empty, esc
@@ -43,35 +43,14 @@ class PushPart:
                     min_width=220,
                     elem_id="push-version",
                 )
-                self.branch = gr.Textbox(
-                    label="Branch", placeholder="main", max_lines=1, min_width=220, elem_id="push-branch"
-                )
-                self.collection = gr.Textbox(
-                    label="Collection",
-                    placeholder="none",
-                    info="Its title. Made if it is not there.",
-                    max_lines=1,
-                    min_width=220,
-                    elem_id="push-collection",
-                )
-                with gr.Column(min_width=220):
-                    self.pull_request = gr.Checkbox(label="As a pull request", value=False, elem_id="push-pull-request")
-                    self.force = gr.Checkbox(
-                        label="Over a better version",
-                        info="Or over what others have changed there.",
-                        value=False,
-                        elem_id="push-force",
-                    )
+                self.further = further("push")
             self.pushing = Pushing(settings, "push", self.wish)
             self.earlier = gr.HTML("", elem_id="push-earlier")
             self.versions = VersionsPart()
 
     def connect(self, run: gr.Dropdown, identity: Identity, hidden: dict[str, Any]) -> None:
         onto = self.merge_choice.onto
-        asked = [
-            run, self.what, onto, self.repository, self.public, self.version, self.branch, self.collection,
-            self.pull_request, self.force,
-        ]  # fmt: skip
+        asked = [run, self.what, onto, self.repository, self.public, self.version, *self.further]
         self.merge_choice.connect(run, hidden)
         self.what.input(lambda what: gr.Accordion(open="merged" in what), self.what, self.merge_choice.part, **hidden)
         pushing = self.pushing
@@ -105,9 +84,8 @@ class PushPart:
             return ""
 
     def wish(
-        self, run_id: str | None, what: list[str], onto: str, name: str, public: bool,
-        version: str, branch: str, collection: str, pull_request: bool, force: bool,
-    ) -> Wish:  # fmt: skip
+        self, run_id: str | None, what: list[str], onto: str, name: str, public: bool, version: str, *further: Any
+    ) -> Wish:
         """Raises LabError with all that is missing."""
         problems, given = [], []
         try:
@@ -119,20 +97,16 @@ class PushPart:
         if problems:
             raise ConfigError(*problems)
         run = RunStore(self.settings).get(run_id or "")
-        given += [f"--what={','.join(what)}", *(["--public"] if public else []), *(["--force"] if force else [])]
+        given += [f"--what={','.join(what)}", *(["--public"] if public else [])]
         if "merged" in what and is_quantised(run):
             given.append(f"--onto={onto}")
-        named = {"version": version, "revision": branch, "collection": collection}
-        given += [f"--{option}={value.strip()}" for option, value in named.items() if (value or "").strip()]
-        given += ["--pull-request"] if pull_request else []
-        also = {"pull request": pull_request, "collection": bool((collection or "").strip())}
+        given += [f"--version={version.strip()}"] if (version or "").strip() else []
+        more, also = further_asked(*further)
         kinds = {
             n: "dataset" if one == "dataset" else "model"
             for one, n in publishing.repositories(name.strip(), what).items()
         }
-        return Wish(
-            ["push", run.run_id, *given], kinds, not public, tuple(one for one, wanted in also.items() if wanted)
-        )
+        return Wish(["push", run.run_id, *given, *more], kinds, not public, also)
 
 
 def earlier_html(run: Run) -> str:

@@ -141,6 +141,40 @@ def target(name: str, info: str = "Made if it is not there.") -> tuple[gr.Textbo
     return repo, public
 
 
+def further(name: str) -> tuple[gr.Textbox, gr.Textbox, gr.Checkbox, gr.Checkbox]:
+    """The fields that few pushes need, in the row that is open; `name` begins their element ids. See `further_asked`."""
+    branch = gr.Textbox(label="Branch", placeholder="main", max_lines=1, min_width=220, elem_id=f"{name}-branch")
+    collection = gr.Textbox(
+        label="Collection",
+        placeholder="none",
+        info="Its title. Made if it is not there.",
+        max_lines=1,
+        min_width=220,
+        elem_id=f"{name}-collection",
+    )
+    with gr.Column(min_width=220):
+        pull_request = gr.Checkbox(label="As a pull request", value=False, elem_id=f"{name}-pull-request")
+        force = gr.Checkbox(
+            label="Over a better version",
+            info="Or over what others have changed there.",
+            value=False,
+            elem_id=f"{name}-force",
+        )
+    return branch, collection, pull_request, force
+
+
+def further_asked(
+    branch: str | None, collection: str | None, pull_request: bool, force: bool
+) -> tuple[list[str], tuple[Also, ...]]:
+    """(what the values of `further` add to the command line, what a token must be allowed besides the push)"""
+    named = {"revision": (branch or "").strip(), "collection": (collection or "").strip()}
+    switches = {"pull-request": pull_request, "force": force}
+    given = [f"--{option}={value}" for option, value in named.items() if value]
+    given += [f"--{option}" for option, on in switches.items() if on]
+    wanted: dict[Also, bool] = {"pull request": pull_request, "collection": bool(named["collection"])}
+    return given, tuple(one for one, is_wanted in wanted.items() if is_wanted)
+
+
 def ended_html(result: dict[str, Any]) -> str:
     return planned_html(result) if "plan" in result else pushed_html(result)
 

@@ -9,7 +9,7 @@ from qlora_core.errors import ConfigError, LabError
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
 from qlora_core.ui.identity import Identity
-from qlora_core.ui.pushing import Pushing, Wish, repository, target
+from qlora_core.ui.pushing import Pushing, Wish, further, further_asked, repository, target
 from qlora_core.ui.uploads import safe_name
 
 
@@ -26,10 +26,13 @@ class StudyPush:
                     min_width=220,
                     elem_id="study-push-rows",
                 )
+            with gr.Accordion("Branch, pull request, collection", open=False, elem_id="study-push-more"), gr.Row():
+                self.further = further("study-push")
             self.pushing = Pushing(settings, "report-push", self.wish)
 
     def connect(self, study: gr.Textbox, identity: Identity, hidden: dict[str, Any]) -> None:
-        self.pushing.connect([study, self.repository, self.public, self.rows], identity, hidden)
+        asked = [study, self.repository, self.public, self.rows, *self.further]
+        self.pushing.connect(asked, identity, hidden)
         study.change(self.show, [study, self.pushing.remembered], [self.repository, *self.pushing.outputs], **hidden)
 
     def show(self, study_id: str, remembered: str) -> tuple[Any, ...]:
@@ -42,7 +45,7 @@ class StudyPush:
             return "", *self.pushing.watch(None)
         return name, *self.pushing.again(remembered, study.study_id)
 
-    def wish(self, study_id: str, name: str, public: bool, rows: bool) -> Wish:
+    def wish(self, study_id: str, name: str, public: bool, rows: bool, *further: Any) -> Wish:
         """Raises LabError with all that is missing."""
         problems, given = [], []
         try:
@@ -55,5 +58,6 @@ class StudyPush:
             problems += error.problems
         if problems:
             raise ConfigError(*problems)
-        given += [*(["--public"] if public else []), *(["--with-rows"] if rows else [])]
-        return Wish(["push", study_id, "--what=report", *given], {name.strip(): "dataset"}, not public)
+        more, also = further_asked(*further)
+        given += [*(["--public"] if public else []), *(["--with-rows"] if rows else []), *more]
+        return Wish(["push", study_id, "--what=report", *given], {name.strip(): "dataset"}, not public, also)
