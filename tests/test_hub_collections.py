@@ -1,19 +1,18 @@
 """Collections of the Hub through the true client against a Hub on loopback: made once, added to, rights, faults."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hub_collections import Kept, add_collection, collections
-from hub_server import Hub, hub
+from hub_served import ALICE, MARK, READER
+from hub_served import served as served
+from hub_server import Hub
 
 from qlora_core.errors import HubError
 from qlora_core.hub import CollectionItem, push_collection
 from qlora_core.hub.collections import check_collection
 
-MARK = "hf_SECRETMARKER"
-ALICE, READER, FINE, FINE_COLLECTS = f"{MARK}alice", f"{MARK}reader", f"{MARK}fine", f"{MARK}collects"
+FINE, FINE_COLLECTS = f"{MARK}fine", f"{MARK}collects"
 # As the Hub names those of a sign-in.
 SIGNED_IN, SIGNED_IN_COLLECTS = f"hf_oauth_{MARK}plain", f"hf_oauth_{MARK}collects"
 MINE = [
@@ -25,24 +24,16 @@ MINE = [
 ]
 
 
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub(tmp_path / "hub") as found:
-        found.add_user("alice", organizations={"acme": "write", "readers": "read"})
-        found.add_user("bob")
-        found.add_token("alice", text=ALICE)
-        found.add_token("alice", "read", text=READER)
-        found.add_fine_grained_token("alice", {"user:alice": ["repo.write"]}, text=FINE)
-        found.add_fine_grained_token("alice", {"user:alice": ["repo.write", "collection.write"]}, text=FINE_COLLECTS)
-        scopes = "openid profile contribute-repos read-repos"
-        found.add_oauth_token("alice", scopes, text=SIGNED_IN)
-        found.add_oauth_token("alice", f"{scopes} write-collections", text=SIGNED_IN_COLLECTS)
-        for item in MINE:
-            found.add_repo(item.repo_id, kind=f"{item.kind}s", private=True)
-        yield found
+@pytest.fixture(autouse=True)
+def prepared(served: Hub) -> None:
+    """Tokens with and without the right to write collections, and what goes into them."""
+    served.add_fine_grained_token("alice", {"user:alice": ["repo.write"]}, text=FINE)
+    served.add_fine_grained_token("alice", {"user:alice": ["repo.write", "collection.write"]}, text=FINE_COLLECTS)
+    scopes = "openid profile contribute-repos read-repos"
+    served.add_oauth_token("alice", scopes, text=SIGNED_IN)
+    served.add_oauth_token("alice", f"{scopes} write-collections", text=SIGNED_IN_COLLECTS)
+    for item in MINE:
+        served.add_repo(item.repo_id, kind=f"{item.kind}s", private=True)
 
 
 def push(served: Hub, title: str = "Tickets", items: Any = MINE, **changed: Any) -> str:
@@ -165,11 +156,7 @@ def test_after_a_fault_the_next_push_does_the_rest(
     assert words in str(found.value) and "on the Hub all the same" in str(found.value) and MARK not in str(found.value)
     served.faults.clear()
     push(served)
-    titles = [one.title for one in collections(served).values()]
-    assert titles.count("Tickets") == 1
-    assert [one for one in collections(served).values() if one.title == "Tickets"][0].items[-1]["id"] == MINE[
-        -1
-    ].repo_id
+    assert only(served).items[-1]["id"] == MINE[-1].repo_id
 
 
 def test_an_item_that_is_not_there_is_named_and_the_others_are_added_before(served: Hub) -> None:

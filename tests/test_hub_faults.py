@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 from helpers import ROOT, alpaca, wait_for, write_rows
 from hub_lfs import NO_SPACE
-from hub_server import CUT, HOLD, Hub, hub
+from hub_served import ALICE, MARK
+from hub_served import pytestmark as pytestmark
+from hub_served import served as served
+from hub_server import CUT, HOLD, Hub
 
 from qlora_core.errors import HubError
 from qlora_core.hub import Pushed, Release, account, model_push
 
-# huggingface_hub 2.4.0 sends LFS files in a way that its HTTP client has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
-MARK = "hf_SECRETMARKER"
-ALICE = f"{MARK}alice"
 WEIGHTS = "adapter_model.safetensors"
 CARD = {"README.md": b"---\nlicense: mit\n---\n# A card\n"}
 # A push as `model_push` does it, in a process that can be killed; the token comes through a pipe.
@@ -35,19 +34,6 @@ asked = {"token": sys.stdin.read(), "endpoint": url, "release": Release("adapter
 push = model_push(folder, "mine", **asked)
 push.run(push.plan().digest)
 """
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub(tmp_path / "hub") as found:
-        found.add_user("alice")
-        found.add_token("alice", text=ALICE)
-        yield found
 
 
 @pytest.fixture

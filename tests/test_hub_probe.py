@@ -1,38 +1,27 @@
 """What a token may do and whether a push can be made, told beforehand and all at once, by a Hub on loopback."""
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Hub, hub
+from hub_served import ALICE, MARK, READER
+from hub_served import served as served
+from hub_server import Hub
 
 from qlora_core.hub import Probe, probe
 
-MARK = "hf_SECRETMARKER"
-ALICE, READER, BOB, GONE = f"{MARK}alice", f"{MARK}reader", f"{MARK}bob", f"{MARK}gone"
-SIGNED_IN = f"hf_oauth_{MARK}alice"
+GONE, SIGNED_IN = f"{MARK}gone", f"hf_oauth_{MARK}alice"
 SCOPES = "openid profile contribute-repos gated-repos"
 
 
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub.utils import _http
-
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client waits between its attempts
-    with hub(tmp_path / "hub") as found:
-        found.add_user("alice", organizations={"acme": "write", "readers": "read", "closed": "write"})
-        found.add_user("bob")
-        found.add_token("alice", text=ALICE)
-        found.add_token("alice", "read", text=READER)
-        found.add_token("bob", text=BOB)
-        found.add_oauth_token("alice", SCOPES, granted=["acme"], text=SIGNED_IN)
-        found.add_repo("alice/there", {"model.safetensors": b"x" * 3000}, kind="models", private=True)
-        found.add_repo("alice/open", kind="models")
-        found.add_repo("alice/rows", kind="datasets")
-        found.add_repo("acme/there", kind="models", private=True)
-        yield found
+@pytest.fixture(autouse=True)
+def held(served: Hub) -> None:
+    """A sign-in that was let into one organization, and what is there to be pushed to."""
+    served.add_oauth_token("alice", SCOPES, granted=["acme"], text=SIGNED_IN)
+    served.add_repo("alice/there", {"model.safetensors": b"x" * 3000}, kind="models", private=True)
+    served.add_repo("alice/open", kind="models")
+    served.add_repo("alice/rows", kind="datasets")
+    served.add_repo("acme/there", kind="models", private=True)
 
 
 def asked(served: Hub, token: str, repo_id: str | None = None, **named: Any) -> Probe:
