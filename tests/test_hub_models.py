@@ -138,13 +138,8 @@ def test_an_existing_repository_changes_only_as_was_shown(served: Hub, adapter: 
     with pytest.raises(HubError, match="is there already; look at what") as found:
         model_push(adapter, "mine", **asked(served, {})).run()
     assert "removes chat_template.jinja" in str(found.value)
-    with pytest.raises(HubError, match="has changed since its changes were shown"):
-        model_push(weights(adapter, "weights, first"), "mine", **asked(served, {})).run(planned.digest)
-    pushed = model_push(weights(adapter, "second"), "mine", **asked(served, {})).run(planned.digest)
-    assert pushed.version == "v2" and set(repo.head.files) == SENT - {"chat_template.jinja"} | {
-        ".gitattributes",
-        "notes.txt",
-    }
+    assert push(served, adapter).version == "v2"
+    assert set(repo.head.files) == SENT - {"chat_template.jinja"} | {".gitattributes", "notes.txt"}
 
 
 def test_what_a_person_changed_there_is_not_replaced_without_a_word(served: Hub, adapter: Path) -> None:
@@ -160,8 +155,8 @@ def test_what_a_person_changed_there_is_not_replaced_without_a_word(served: Hub,
 def test_versions_are_listed_compared_and_gone_back_to(served: Hub, adapter: Path) -> None:
     first = push(served, adapter)
     (adapter / "added_tokens.json").write_text("{}")
-    push(served, weights(adapter, "second"), version_is := "mine", release=release(1.9))
-    repo = served.repo(f"alice/{version_is}", "models")
+    push(served, weights(adapter, "second"), release=release(1.9))
+    repo = served.repo("alice/mine", "models")
     served.commit(repo, {"notes.txt": "mine"})
     listed = versions("alice/mine", ALICE, endpoint=served.url)
     assert [(v.version, v.release.metrics["eval_loss"], v.current) for v in listed if v.release] == [
@@ -214,33 +209,20 @@ def test_going_back_does_what_was_shown_or_nothing(served: Hub, adapter: Path) -
     assert rollback("mine", "v1", ALICE, endpoint=served.url, seen=again.commit).changed
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[]",
-        b'{"what": "adapter", "metrics": {"eval_loss": 1' + b"0" * 400 + b"}}",
-        b'{"what": 1}',
-        b'{"what": "adapter", "metrics": {"eval_loss": "low"}}',
-        b"\xff",
-    ],
-)
-def test_a_record_that_something_else_wrote_is_no_record(content: bytes) -> None:
-    assert Release.from_bytes(content) is None
+@pytest.mark.parametrize("loss", ["1" + "0" * 400, '"low"'])
+def test_a_record_whose_loss_is_no_number_is_none(loss: str) -> None:
+    assert Release.from_bytes(f'{{"what": "adapter", "metrics": {{"eval_loss": {loss}}}}}'.encode()) is None
 
 
-@pytest.mark.parametrize(("loss", "rows", "refused"), [(2.2, "rows", True), (2.09, "rows", False), (9, "other", False)])
-def test_a_version_that_was_much_better_on_the_same_rows_is_not_published_over(
-    served: Hub, adapter: Path, loss: float, rows: str, refused: bool
+def test_a_version_that_was_much_better_on_the_same_rows_is_not_published_over_unless_forced(
+    served: Hub, adapter: Path
 ) -> None:
     push(served, adapter)
     weights(adapter, "second")
-    if refused:
-        with pytest.raises(HubError, match=r"version v1 has an evaluation loss of 2\.0000 .* 10\.0% worse"):
-            push(served, adapter, release=release(loss, rows))
-        assert len(served.repo("alice/mine", "models").commits) == 2
-        assert push(served, adapter, release=release(loss, rows), force=True).version == "v2"
-    else:
-        assert push(served, adapter, release=release(loss, rows)).changed
+    with pytest.raises(HubError, match=r"version v1 has an evaluation loss of 2\.0000 .* 10\.0% worse"):
+        push(served, adapter, release=release(2.2))
+    assert len(served.repo("alice/mine", "models").commits) == 2
+    assert push(served, adapter, release=release(2.2), force=True).version == "v2"
 
 
 def test_what_was_agreed_to_is_this_content_over_that(served: Hub, adapter: Path) -> None:
