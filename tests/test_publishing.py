@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_in, settings_in
+from hub_collections import collections
 from hub_server import Hub, hub
 from safetensors.torch import load_file, save_file
+from study_builders import analysed, study, study_run
+from study_folders import lay_down
 from tiny_models import make_run, train_here
 
-from qlora_core.errors import RunError
-from qlora_core.publishing import published
+from qlora_core.errors import DatasetError, RunError
+from qlora_core.merging import adapter_sha256
+from qlora_core.publishing import dataset_of, dataset_part, published, run_or_study
+from qlora_core.publishing.merge_drift import told_of_merge
 from qlora_core.runs import Run, RunStore, lock
+from qlora_core.study import Study
 from qlora_core.worker.proving import prove
 
 MARK = "hf_SECRETMARKER"
@@ -37,8 +43,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def tuned(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on a prepared dataset of a known licence."""
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = make_run(folder)
+    source, prepared = str(folder / "train.jsonl"), str(folder / "set")
+    options = ("--out", prepared, "--license", "mit", "--eval-fraction", "0.25")
+    made = lab(served, rows, "prepare", source, *options, "--no-tokenise")
+    assert made.returncode == 0, made.stderr
+    return train_here(make_run(folder, data=prepared, eval_data=None, max_steps=2, eval_steps=2))
+
+
 def lab(
-    served: Hub, run: Run, *arguments: str, token: str = ALICE, xet: bool = False
+    served: Hub, run: Run | Study, *arguments: str, token: str = ALICE, xet: bool = False
 ) -> subprocess.CompletedProcess[str]:
     names = {"HF_ENDPOINT": served.url, "HF_HOME": str(run.settings.home.parent / "hf"), "HF_TOKEN": token}
     names |= {"HF_HUB_DISABLE_XET": "" if xet else "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
@@ -120,6 +138,8 @@ def test_an_unknown_licence_and_a_change_are_agreed_to_by_what_was_shown(served:
     asked = ("push", run.run_id, "--repo-id", "agreed")
     refused = lab(served, run, *asked)
     assert refused.returncode == 2 and "this needs a look first" in refused.stderr
+    unseen = lab(served, run, *asked, "--agreed", "unseen")
+    assert unseen.returncode == 2, "a word is no --yes"
     assert "licence of the dataset is unknown" in refused.stderr and ("models", "alice/agreed") not in served.repos
     shown = said(lab(served, run, *asked, "--plan", "--json"))
     assert shown["needed"] and f"--agreed {shown['agree']}" in refused.stderr
@@ -155,6 +175,7 @@ def test_an_adapter_that_answers_otherwise_is_told_by_its_logits(run: Run, tmp_p
         (["nothing", "--repo-id", "tiny2"], ALICE, "there is no run 'nothing'"),
         (["./nowhere", "--repo-id", "tiny2"], ALICE, "is no prepared dataset"),
         (["RUN", "--repo-id", "tiny2", "--onto", "original"], ALICE, "only for --what merged"),
+        (["RUN", "--repo-id", "tiny2", "--version", "v 2"], ALICE, "is no name of a version"),
     ],
 )
 def test_a_mistake_is_one_sentence(served: Hub, run: Run, arguments: list[str], token: str, words: str) -> None:
@@ -180,11 +201,16 @@ def test_nothing_is_sent_of_several_where_one_is_refused_and_no_merge_is_made_fo
     record = json.dumps(worse | {"metrics": {"trained_eval_loss": 1e-3}})
     served.add_repo("alice/pair-merged", {"release.json": record, "config.json": "{}"}, kind="models", private=True)
     served.add_repo("alice/held", {"adapter_config.json": "{}"}, kind="models", private=True)
+    served.add_repo("alice/theirs", {"README.md": "by hand"}, kind="models", private=True)
+    shutil.rmtree(run.path / "merged-original", ignore_errors=True)
     done = lab(served, run, "push", run.run_id, "--repo-id", "pair", "--what", "adapter,merged", "--yes")
     assert done.returncode == 2 and "% worse" in done.stderr and ("models", "alice/pair") not in served.repos
-    shutil.rmtree(run.path / "merged-original", ignore_errors=True)
-    done = lab(served, run, "push", run.run_id, "--repo-id", "held", "--what", "merged", "--plan")
-    assert done.returncode == 2 and "holds an adapter, so a whole model cannot" in done.stderr
+    for name, words in (
+        ("held", "an adapter, so a whole model cannot"),
+        ("theirs", "README.md as no push from here made"),
+    ):
+        done = lab(served, run, "push", run.run_id, "--repo-id", name, "--what", "merged", "--plan")
+        assert done.returncode == 2 and f"holds {words}" in done.stderr
     assert not (run.path / "merged-original").exists(), "minutes of merging for what is refused anyway"
 
 
@@ -216,3 +242,103 @@ def test_the_hub_is_asked_from_the_shell(served: Hub, run: Run) -> None:
     assert refused.returncode == 2 and "alice may not write" in refused.stderr and MARK not in refused.stdout
     served.add_repo("alice/rows", {"a.txt": "a"})
     assert said(lab(served, run, "versions", "rows", "--kind", "dataset", "--json"))["versions"] == []
+
+
+def drifted(run: Run, loss: float, top1: float) -> None:
+    """As the command drift leaves it: the trained model's loss is 2."""
+    way = {"loss": loss, "loss_difference": loss - 2, "kl": 3.2e-7, "top1": top1, "rows": 3, "tokens": 90}
+    told = {"adapter_sha256": adapter_sha256(run), "trained": {"loss": 2.0}, "ways": {"original": way}, "tokens": 90}
+    told |= {"rows": 3, "held_out_rows": 3, "dtype": "fp32", "device": "CPU"}
+    (run.path / "drift.json").write_text(json.dumps(told))
+
+
+def test_adapter_merged_model_and_dataset_become_one_collection(served: Hub, tuned: Run) -> None:
+    """How far the merge is from the trained model is said before; where that is little and the licence known, nobody is asked."""
+    asked = ("push", tuned.run_id, "--repo-id", "all", "--what", "adapter,merged,dataset", "--collection", "Tickets")
+    shown = said(lab(served, tuned, *asked, "--plan", "--json"))
+    (warning,) = shown["warnings"]
+    assert shown["needed"] and f"was not measured. `python -m qlora_core drift {tuned.run_id}`" in warning
+    drifted(tuned, 2.5, 0.99)
+    (doubt,) = told_of_merge(tuned, tuned.path / "merged-original")[1]
+    assert "its loss is 2.5000 instead of 2.0000" in doubt
+    drifted(tuned, 2.01, 0.99)
+    done = lab(served, tuned, *asked, "--json")
+    assert "loss 2.0100, +0.0100 against the model that was trained; KL 3.2e-07" in done.stderr
+    assert "collection 'Tickets' of alice: is made, private" in done.stderr
+    pushed, url = said(done)["pushed"], said(done)["collection"]
+    (kept,) = [kept for kept in collections(served).values() if kept.title == "Tickets"]
+    assert url.endswith(kept.slug) and kept.private
+    of_kinds = {(item["type"], item["id"]) for item in kept.items}
+    assert of_kinds == {("model", "alice/all"), ("model", "alice/all-merged"), ("dataset", "alice/all-data")}
+    assert [entry.get("proof", {}).get("state") for entry in pushed] == ["proven", "proven", None]
+    assert [entry["what"] for entry in published(tuned.path)] == ["adapter", "merged", "dataset"]
+    assert any(name.endswith(".parquet") for name in served.repo("alice/all-data").head.files)
+
+
+def test_a_version_of_ones_own_name_is_pushed_again_and_no_other_takes_it(served: Hub, tuned: Run) -> None:
+    asked = ("push", tuned.run_id, "--repo-id", "named", "--version", "1.0", "--yes", "--json")
+    assert said(lab(served, tuned, *asked))["pushed"][0]["version"] == "1.0"
+    again = said(lab(served, tuned, *asked))["pushed"][0]
+    assert (again["version"], again["changed"]) == ("1.0", False)
+    (tuned.path / "card.json").write_text(json.dumps({"notes": "Another."}))
+    refused = lab(served, tuned, *asked)
+    assert refused.returncode == 2 and "has a version '1.0' already; name another" in refused.stderr
+
+
+def test_a_branch_and_a_pull_request_leave_the_main_branch_as_it_is(served: Hub, tuned: Run) -> None:
+    repo = served.add_repo("alice/proposed", {"notes.txt": "theirs"}, kind="models", private=True)
+    before, asked = repo.head.oid, ("push", tuned.run_id, "--repo-id", "proposed", "--yes", "--json")
+    (branch,) = said(lab(served, tuned, *asked, "--revision", "trial"))["pushed"]
+    assert branch["commit"] == repo.refs["refs/heads/trial"] and branch["proof"]["state"] == "proven"
+    (proposed,) = said(lab(served, tuned, *asked, "--pull-request"))["pushed"]
+    assert proposed["commit"] == repo.refs["refs/pr/1"] and proposed["proof"]["state"] == "proven"
+    assert proposed["pull_request"].endswith("/alice/proposed/discussions/1")
+    assert repo.head.oid == before and set(repo.head.files) <= {"notes.txt", ".gitattributes"}
+
+
+def test_the_report_of_a_study_goes_without_rows_and_with_them_if_asked(served: Hub, tmp_path: Path) -> None:
+    runs = [study_run(), study_run(method="qlora", loss=0.851)]
+    found = lay_down(tmp_path, study(runs, analysis=analysed(runs)))
+    asked = ("push", found.study_id, "--repo-id", "compared", "--json")
+    (entry,) = said(lab(served, found, *asked))["pushed"]
+    repo = served.repo("alice/compared")
+    assert entry["what"] == "report" and published(found.path) == [entry] and repo.private
+    assert {"report.html", "runs.csv"} <= repo.head.files.keys() and "answers.csv" not in repo.head.files
+    shown = json.loads(lab(served, found, *asked, "--with-rows").stdout)
+    assert "adds answers.csv" in "".join(shown["plan"]) and "answers.csv" not in repo.head.files
+    assert said(lab(served, found, *asked, "--with-rows", "--agreed", shown["agree"]))["pushed"][0]["changed"]
+    assert "answers.csv" in repo.head.files
+
+
+def test_a_study_is_found_by_its_whole_id_though_a_run_begins_so(tmp_path: Path) -> None:
+    found = lay_down(tmp_path, study([study_run()]))
+    run = run_in(tmp_path)
+    run.path.rename(run.path.with_name(f"{found.study_id}-arm"))
+    assert run_or_study(found.study_id, found.settings).path == found.path
+    assert run_or_study(f"{found.study_id}-", found.settings).path.name == f"{found.study_id}-arm"
+    with pytest.raises(RunError, match="(?s)no run 'x'.*no study 'x'"):
+        run_or_study("x", settings_in(tmp_path))
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '"x"'])
+def test_a_broken_lineage_is_named_with_its_remedy(tuned: Run, broken: str) -> None:
+    file = Path(tuned.config().data or "") / "lineage.json"
+    whole = file.read_text()
+    try:
+        file.write_text(broken)
+        for look in (lambda: dataset_of(tuned), lambda: dataset_part(file.parent, "alice/broken", token=ALICE)):
+            with pytest.raises(DatasetError, match=f"{file.parent}: its lineage.json .* prepare it again"):
+                look()
+    finally:
+        file.write_text(whole)
+
+
+@pytest.mark.parametrize(("licence", "words"), [(None, "is unknown"), ("cc-by-nc-4.0", "non-commercial"), ("mit", "")])
+def test_a_licence_is_confirmed_for_a_private_dataset_too(
+    tuned: Run, tmp_path: Path, licence: str | None, words: str
+) -> None:
+    shutil.copytree(tuned.config().data or "", folder := tmp_path / "set")
+    lineage = json.loads((folder / "lineage.json").read_text()) | {"license": licence}
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+    warning = dataset_part(folder, "alice/set", token=ALICE, private=True).warning or ""
+    assert words in warning and bool(words) == bool(warning)

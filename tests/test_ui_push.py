@@ -8,12 +8,20 @@ from typing import Any
 import gradio as gr
 import pytest
 from helpers import wait_for
+from hub_collections import collections
 from hub_server import HOLD, Hub, hub
+from study_builders import analysed, study, study_run
+from study_folders import lay_down
 from tiny_models import make_run, train_here
 
+from qlora_core.errors import HubError
 from qlora_core.runs import Run
+from qlora_core.settings import Settings
+from qlora_core.study import Study
 from qlora_core.ui.identity import Identity
+from qlora_core.ui.push_endpoints import add_push_endpoint
 from qlora_core.ui.push_part import PushPart
+from qlora_core.ui.study_push import StudyPush
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 ALICE = "hf_SECRETMARKERalice"
@@ -72,7 +80,7 @@ def last(handler: Callable[..., Iterator[Any]], *values: Any) -> Any:
     return outputs
 
 
-def told_at_the_end(part: PushPart, started: tuple[Any, ...]) -> tuple[str, bool]:
+def told_at_the_end(part: PushPart | StudyPush, started: tuple[Any, ...]) -> tuple[str, bool]:
     """(what is told, whether it can be agreed to)"""
     job_id, _, first, *_ = started
     assert job_id, first
@@ -116,6 +124,7 @@ def test_adapter_and_merged_model_go_together_into_two_repositories(run: Run, se
     begun = last(part.pushing.begin, None, ALICE, *wanted)
     plan, _ = told_at_the_end(part, begun)
     assert "alice/both: is made" in plan and "alice/both-merged: is made" in plan
+    assert "How far this merge is from the model that was trained was not measured" in plan
     done, _ = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert done.count("✓ Downloaded again") == 2
     assert "model.safetensors" in served.repo("alice/both-merged", "models").head.files
@@ -141,14 +150,65 @@ def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancell
 
 
 def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPart) -> None:
-    job, _, told, *_ = last(part.pushing.begin, None, "", *asked(run, " ", ()))
+    job, _, told, *_ = last(part.pushing.begin, None, "", *asked(run, " ", (), branch="trial", pull_request=True))
     assert not job
-    for words in ("nothing is chosen", "nobody is known to the Hub", "no repository is named; write owner/name"):
+    for words in (
+        "nothing is chosen",
+        "nobody is known to the Hub",
+        "no repository is named; write owner/name",
+        "not both",
+    ):
         assert words in told
     job, _, failed, *_ = last(part.pushing.begin, None, ALICE, *asked(run, "bob/page"))
     assert not job
     assert "This cannot be pushed yet" in failed and "bob" in failed
     assert part.show("nothing", "")[0].visible is False
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    runs = [study_run(), study_run(method="qlora", loss=0.851)]
+    return lay_down(tmp_path_factory.mktemp("study"), study(runs, analysis=analysed(runs)))
+
+
+def test_a_report_goes_over_what_others_changed_and_into_a_collection(compared: Study, served: Hub) -> None:
+    with gr.Blocks(analytics_enabled=False):
+        part = StudyPush(compared.settings)
+        part.connect(gr.Textbox(), Identity(), {})
+    plain, wanted = ("", "", False, False), ("", "Our studies", False, True)
+    begun = last(part.pushing.begin, None, ALICE, compared.study_id, "alice/report", False, False, *plain)
+    assert "commit" in told_at_the_end(part, begun)[0]
+    repo = served.repo("alice/report")
+    served.commit(repo, {"README.md": "by hand"})
+    values = (compared.study_id, "alice/report", False, False)
+    refused, can_agree = told_at_the_end(part, last(part.pushing.begin, None, ALICE, *values, *plain))
+    assert "README.md as no push from here made" in refused and "Over a better version" in refused and not can_agree
+    assert part.further[-1].label == "Over a better version"
+    begun = last(part.pushing.begin, None, ALICE, *values, *wanted)
+    plan, can_agree = told_at_the_end(part, begun)
+    assert "collection &#x27;Our studies&#x27; of alice: is made" in plan and can_agree
+    done, _ = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *values, *wanted))
+    (kept,) = collections(served).values()
+    assert kept.slug in done and [item["id"] for item in kept.items] == ["alice/report"]
+    assert served.read(repo, "README.md") != b"by hand"
+
+
+def endpoint(settings: Settings) -> Callable[..., dict[str, Any]]:
+    """What a client's push_run calls."""
+    found: list[Callable[..., dict[str, Any]]] = []
+    with gr.Blocks(analytics_enabled=False):
+        add_push_endpoint(settings, lambda push_run: found.append(push_run) or push_run)
+    return found[0]
+
+
+def test_a_script_pushes_the_report_of_a_study_and_cannot_agree_unseen(compared: Study, run: Run, served: Hub) -> None:
+    (entry,) = endpoint(compared.settings)(compared.study_id, "alice/compared", ALICE, with_rows=True)["pushed"]
+    assert entry["what"] == "report" and "answers.csv" in served.repo("alice/compared").head.files
+    push_run = endpoint(run.settings)
+    with pytest.raises(HubError, match="--with-rows: only for the report of a study"):
+        push_run(run.run_id, "alice/unseen", ALICE, with_rows=True)
+    assert push_run(run.run_id, "alice/unseen", ALICE, agreed="unseen")["needed"]
+    assert ("models", "alice/unseen") not in served.repos
 
 
 def test_on_a_space_nobody_pushes_as_its_owner(run: Run, part: PushPart, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,9 +87,13 @@ class PushPart:
         self, run_id: str | None, what: list[str], onto: str, name: str, public: bool, version: str, *further: Any
     ) -> Wish:
         """Raises LabError with all that is missing."""
-        problems, given = [], []
+        problems, given, more, also = [], [], [], ()
         try:
             given.append(f"--repo-id={repository(name)}")
+        except LabError as error:
+            problems += error.problems
+        try:
+            more, also = further_asked(*further)
         except LabError as error:
             problems += error.problems
         if not what:
@@ -101,7 +105,6 @@ class PushPart:
         if "merged" in what and is_quantised(run):
             given.append(f"--onto={onto}")
         given += [f"--version={version.strip()}"] if (version or "").strip() else []
-        more, also = further_asked(*further)
         kinds = {
             n: "dataset" if one == "dataset" else "model"
             for one, n in publishing.repositories(name.strip(), what).items()

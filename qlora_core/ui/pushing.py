@@ -166,8 +166,10 @@ def further(name: str) -> tuple[gr.Textbox, gr.Textbox, gr.Checkbox, gr.Checkbox
 def further_asked(
     branch: str | None, collection: str | None, pull_request: bool, force: bool
 ) -> tuple[list[str], tuple[Also, ...]]:
-    """(what the values of `further` add to the command line, what a token must be allowed besides the push)"""
+    """(what the values of `further` add to the command line, what a token must be allowed besides the push). Raises ConfigError."""
     named = {"revision": (branch or "").strip(), "collection": (collection or "").strip()}
+    if named["revision"] and pull_request:
+        raise ConfigError("a branch is named and a pull request asked for, which goes to the main branch; not both")
     switches = {"pull-request": pull_request, "force": force}
     given = [f"--{option}={value}" for option, value in named.items() if value]
     given += [f"--{option}" for option, on in switches.items() if on]

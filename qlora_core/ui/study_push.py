@@ -47,9 +47,13 @@ class StudyPush:
 
     def wish(self, study_id: str, name: str, public: bool, rows: bool, *further: Any) -> Wish:
         """Raises LabError with all that is missing."""
-        problems, given = [], []
+        problems, given, more, also = [], [], [], ()
         try:
             given.append(f"--repo-id={repository(name)}")
+        except ConfigError as error:
+            problems += error.problems
+        try:
+            more, also = further_asked(*further)
         except ConfigError as error:
             problems += error.problems
         try:
@@ -58,6 +62,5 @@ class StudyPush:
             problems += error.problems
         if problems:
             raise ConfigError(*problems)
-        more, also = further_asked(*further)
         given += [*(["--public"] if public else []), *(["--with-rows"] if rows else []), *more]
         return Wish(["push", study_id, "--what=report", *given], {name.strip(): "dataset"}, not public, also)
