@@ -228,8 +228,8 @@ def _probe(options: argparse.Namespace, settings: Settings) -> int:
         names = ("ok", "name", "namespaces", "exists", "private", "may_write", "problems", "notes")
         print_json({name: getattr(found, name) for name in names})
     else:
-        print("\n".join(sentence for sentence in found.sentences() if sentence not in found.problems))
-        print("\n".join(found.problems), file=sys.stderr) if found.problems else None
+        for sentence in found.sentences():
+            print(sentence, file=sys.stderr if sentence in found.problems else sys.stdout)
     return 0 if found.ok else 2
 
 
@@ -266,8 +266,9 @@ def _rollback(options: argparse.Namespace, settings: Settings) -> int:
     if options.json:
         print_json(asdict(back))
     elif options.plan:
+        print(f"{back.url}: going back to {back.version} would make one new commit that")
         for doing, names in (("restores", back.restores), ("removes", back.removes)):
-            print(f"{doing} {', '.join(names) or 'nothing'}")
+            print(f"  {doing} {', '.join(names) or 'nothing'}")
         print(f"to do just that: --seen {back.commit}")
     else:
         print(f"{back.url}: {'is at' if back.changed else 'was at'} {back.version}, commit {back.commit[:8]}")

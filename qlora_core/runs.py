@@ -201,6 +201,7 @@ class RunStore:
         close = [known for known in ids if known.startswith(run_id)] if run_id else []
         if len(close) == 1:
             return Run(self.settings.runs / close[0], self.settings)
+        close = close or [run.run_id for run in self.list() if run_id and run.status().name == run_id]
         hint = f"it could be {', '.join(close)}" if close else "`python -m qlora_core runs list` shows those there are"
         raise RunError(f"there is no run {run_id!r}; {hint}")
 

@@ -345,11 +345,11 @@ def test_the_command_line_killed_in_an_upload_can_be_given_again(served: Hub, tm
     with command("prepare", str(rows), "--out", str(tmp_path / "prepared")) as process:
         assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     served.once = [("PUT", "/cdn/", HOLD)]
-    with command("push", str(tmp_path / "prepared"), "--repo-id", "rows") as process:
+    with command("push", str(tmp_path / "prepared"), "--repo-id", "rows", "--yes") as process:
         killed(served, process)
     repo = served.repo("alice/rows")
     assert set(repo.head.files) == {".gitattributes"} and len(repo.commits) == 1
-    with command("push", str(tmp_path / "prepared"), "--repo-id", "rows") as process:
+    with command("push", str(tmp_path / "prepared"), "--repo-id", "rows", "--yes") as process:
         assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     assert len(repo.commits) == 2 and any(name.endswith(".parquet") for name in repo.head.files)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]

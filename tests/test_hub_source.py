@@ -242,9 +242,9 @@ def test_rows_of(fetched: Answers, key: str, rows: list[Any]) -> None:
     ("key", "words"),
     {
         "too long": ["longer than the 100 bytes", "first 5 rows", "limit"],
-        "private, stranger": ["not on the Hub, or is private", "sign in, or set HF_TOKEN"],
+        "private, stranger": ["not on the Hub, or is private", "sign in, or use a token from"],
         "private, other": ["this token may not read it"],
-        "private, bad token": ["token", "invalid or has expired", "sign in, or set HF_TOKEN"],
+        "private, bad token": ["token", "invalid or has expired", "sign in, or use a token from"],
         "no such split": ["no split 'dev'", "train, test"],
         "no such revision": ["alice/plain@v9", "no such revision"],
         "no such dataset": ["not on the Hub", "spelling"],

@@ -9,7 +9,7 @@ from qlora_core.errors import HubError, LabError
 from qlora_core.hub import scopes
 
 TOKENS_PAGE = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/settings/tokens"
-SIGN_IN = f"sign in, or set HF_TOKEN to a token from {TOKENS_PAGE}"
+SIGN_IN = f"sign in, or use a token from {TOKENS_PAGE}"
 # A header can hold no other characters, and clients show the whole header in what they say of one that does.
 TOKEN = re.compile(r"[\x21-\x7e]+")
 # Xet's client has no exceptions of its own and says the status only in words.

@@ -11,7 +11,7 @@ from qlora_core.hub.access import KINDS
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, git_oid, sha256
 from qlora_core.hub.releases import FORCE, RECORD, Release, free_version, gate, next_version
-from qlora_core.hub.repos import HUBS_OWN, Remote, look, read_release, writable_name
+from qlora_core.hub.repos import HUBS_OWN, STAYS_PRIVATE, Remote, look, read_release, writable_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -72,14 +72,17 @@ class PushPlan:
         if self.creates:
             return [f"{where}: is made, {'private' if self.private else 'public'}, with {len(self.adds)} files"]
         if not self.changes_anything:
-            return [f"{where}: holds exactly these files already, as {self.replaces}"]
+            return [
+                f"{where}: holds exactly these files already, as {self.replaces}",
+                *([f"  {STAYS_PRIVATE}"] if self.stays_private else []),
+            ]
         found = [f"{where}: becomes {self.version}" + (f" in place of {self.replaces}" if self.replaces else "")]
         for what in ("adds", "changes", "removes", "keeps"):
             if names := getattr(self, what):
                 more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
                 found.append(f"  {what} {', '.join(names[:LISTED])}{more}")
         if self.stays_private:
-            found.append("  stays private; it is made public on its settings page")
+            found.append(f"  {STAYS_PRIVATE}")
         return found
 
 

@@ -14,7 +14,7 @@ from qlora_core.hub import scopes
 from qlora_core.hub.access import FINE_GRAINED, KINDS, OAUTH, Account, account, full_name
 from qlora_core.hub.faults import TOKENS_PAGE, hub_errors
 from qlora_core.hub.files import RepoType
-from qlora_core.hub.repos import public_already
+from qlora_core.hub.repos import STAYS_PRIVATE, public_already
 from qlora_core.hub.scopes import COLLECTS, COLLECTS_PERMISSION, DISCUSSES
 from qlora_core.wording import size
 
@@ -169,6 +169,8 @@ class _Look:
         """Whether this token may write there; None where the Hub does not tell."""
         if self.private and private is False:
             self.problems.append(public_already(what))
+        if private and not self.private:
+            self.notes.append(f"{what}: {STAYS_PRIVATE}")
         if "pull request" in self.also:
             missing = self._missing(DISCUSSES, "discussion.write")
             if missing:

@@ -12,6 +12,7 @@ from qlora_core.hub.releases import MOST_BYTES, RECORD, Release
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+STAYS_PRIVATE = "stays private; it is made public on its settings page"
 # What the Hub itself puts into a new repository.
 HUBS_OWN = (".gitattributes",)
 

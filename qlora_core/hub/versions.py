@@ -65,7 +65,10 @@ def versions(
 
 def measured(release: Release) -> str:
     """Its metrics in words; empty where nothing was measured."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in release.metrics.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:,.0f}' if name.endswith('rows') else f'{value:.4f}'}"
+        for name, value in release.metrics.items()
+    )
 
 
 def change(version: Version, before: Version | None) -> str:

@@ -95,8 +95,8 @@ def licence_problems(found: list[str | None]) -> list[str]:
     told = []
     if None in found:
         told.append(
-            "The licence of the dataset is unknown. Find out whether a model trained on it may be published, or keep the "
-            "repository private."
+            "The licence of the dataset is unknown. Find out whether what is made of it may be given to others; then name it "
+            "where the rows are prepared (`prepare --license`, Data) or the run is made (Train, “Licence of the dataset”)."
         )
     for named in filter(None, found):
         name = plain(named)

@@ -20,7 +20,7 @@ class VersionsPart:
     def __init__(self) -> None:
         with gr.Accordion("Versions on the Hub", open=False, elem_id="versions"):
             self.kind = gr.Radio(KINDS, value="model", label="Of a", elem_id="versions-kind")
-            self.show = gr.Button("Show versions of this repository", elem_id="versions-show")
+            self.show = gr.Button("Show versions of the repository above", elem_id="versions-show")
             self.table = gr.HTML("", elem_id="versions-table")
             with gr.Row(visible=False, elem_classes="lab-ask", elem_id="versions-back") as self.back:
                 self.version = gr.Dropdown([], label="Version", min_width=180, elem_id="versions-version")
