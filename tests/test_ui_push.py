@@ -139,6 +139,7 @@ def test_a_push_that_goes_on_is_followed_again_after_a_reload_and_can_be_cancell
     served.once.append(("PUT", "/cdn/", HOLD))
     begun = last(part.pushing.go_on, None, planned[0], ALICE, *wanted)
     assert served.holding.wait(60)
+    assert last(part.pushing.go_on, None, begun[0], ALICE, *wanted)[-1] == begun[-1], "a second click, which comes late"
     again = part.show(run.run_id, begun[-1])[4:]
     assert again[0] == begun[0] and again[1].active and "Sending" in again[2] and again[3].visible
     assert part.show(run.run_id, "")[4] == "", "it is nobody else's to see or to end"

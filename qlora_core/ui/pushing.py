@@ -77,6 +77,9 @@ class Pushing:
     ) -> Iterator[tuple[Any, ...]]:
         """What was shown is agreed to; what has changed since is shown instead."""
         progress = self.view.progress(job_id)
+        if progress and progress.state == jobs.RUNNING:  # a second click must not put another in its place
+            yield *self.watch(jobs.find(job_id, self.settings)), job_id
+            return
         shown = progress.result.get("agree") if progress else None
         yield from self._start(typed, signed_in, values, [f"--agreed={shown}"] if shown else [])
 
