@@ -206,7 +206,7 @@ def test_a_push_is_found_again_after_a_reload_and_can_be_cancelled(page: Publish
     expect(page.agree).to_be_hidden()
     expect(page.told).not_to_contain_text("What a push would change")
     page.page.locator("#push-go").dblclick()
-    expect(page.told).to_contain_text("alice/slower: is made, private")
+    expect(page.told).to_contain_text("alice/slower: is to be made, private")
     served.once.append(("PUT", "/cdn/", HOLD))
     page.agree.dblclick()
     assert served.holding.wait(60)
@@ -269,7 +269,7 @@ def test_a_script_pushes_by_gradio_client(home: tuple[AppProcess, Run], served: 
     asked = {"run_id": run.run_id, "repo_id": "alice/scripted", "token": ALICE, "api_name": "/push_run"}
     card = {"limits": "English tickets only."}
     first = client.predict(**asked, card=card)
-    assert first["needed"] and first["plan"] == ["alice/scripted: is made, private, with 8 files"]
+    assert first["needed"] and first["plan"][0] == "alice/scripted: is to be made, private, as v1"
     assert first["warnings"][0].startswith(UNKNOWN) and ("models", "alice/scripted") not in served.repos
     (pushed,) = client.predict(**asked, card=card, agreed=first["agree"])["pushed"]
     assert (pushed["version"], pushed["proof"]["state"]) == ("v1", "proven")
@@ -278,7 +278,7 @@ def test_a_script_pushes_by_gradio_client(home: tuple[AppProcess, Run], served: 
     for wrong, value, told in (
         ("token", "", "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"),
         ("token", f"hf_{MARK}no", "account: the Hub does not accept the token"),
-        ("repo_id", " ", "no repository is named; write owner/name"),
+        ("repo_id", " ", "no repository is named; write name or owner/name"),
         ("what", "model", "--what 'model': choose from adapter, merged, dataset"),
         ("card", {"limit": "x"}, "card: has a field 'limit'; those of a card are intended_use, limits,"),
     ):
@@ -302,6 +302,8 @@ def test_a_push_outlives_the_app_and_is_found_by_the_next_one(
     app.start()
     page.page.goto(app.url)
     page.open()
-    expect(page.page.locator("#push-earlier")).to_contain_text("alice/outlives v1 · adapter · proven")
+    expect(page.page.locator("#push-earlier")).to_contain_text(
+        "alice/outlives v1 · adapter · ✓ arrived as sent, loads, same logits"
+    )
     assert len(served.repo("alice/outlives", "models").commits) == 2
     assert app.written_with(MARK) == []

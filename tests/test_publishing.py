@@ -19,9 +19,12 @@ from study_folders import lay_down
 from tiny_models import make_run, train_here
 
 from qlora_core.errors import DatasetError, RunError
+from qlora_core.hub import Pushed
+from qlora_core.jobs import Cancelled
 from qlora_core.merging import adapter_sha256
 from qlora_core.publishing import dataset_of, dataset_part, published, run_or_study
 from qlora_core.publishing.merge_drift import told_of_merge
+from qlora_core.publishing.record import told_when_cancelled
 from qlora_core.runs import Run, RunStore, lock
 from qlora_core.study import Study
 from qlora_core.worker.proving import prove
@@ -80,7 +83,7 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     (entry,) = said(done)["pushed"]
     assert entry["proof"]["state"] == "proven", entry["proof"]
     assert entry["proof"]["largest_difference"] == 0 and entry["proof"]["rows"] == 3
-    assert "alice/tiny: is made, private" in done.stderr
+    assert "alice/tiny: is to be made, private" in done.stderr
     assert published(run.path) == [entry] and (entry["version"], entry["changed"]) == ("v1", True)
     repo = served.repo("alice/tiny", "models")
     assert {"README.md", "adapter_model.safetensors", "tokenizer.json", "release.json"} <= repo.head.files.keys()
@@ -104,6 +107,20 @@ def test_a_run_is_pushed_with_its_card_and_proven_and_a_better_version_stays(ser
     assert "restores tokenizer.json" in lab(served, run, *back, "--plan").stdout
     assert said(lab(served, run, *back, "--force", "--json"))["changed"]
     assert json.loads(served.read(repo, "release.json"))["version"] == "v1"
+
+
+def test_what_was_agreed_to_is_pushed_and_nothing_else(served: Hub, tuned: Run) -> None:
+    """A private repository and rows of a known licence need nobody's agreement; a digest that is given is held to all the same."""
+    push = ("push", tuned.run_id, "--repo-id")
+    shown = said(lab(served, tuned, *push, "alice/held", "--plan", "--json"))
+    assert not shown["needed"]
+    for other in (("alice/held", "--agreed", "deadbeef"), ("alice/wide", "--public", "--agreed", shown["agree"])):
+        refused = lab(served, tuned, *push, *other)
+        assert refused.returncode == 2 and "something else than what was agreed to" in refused.stderr
+    asked = lab(served, tuned, *push, "alice/wide", "--public")
+    assert asked.returncode == 2 and "alice/wide: is to be made, public, for everybody to see" in asked.stderr
+    assert not {("models", "alice/held"), ("models", "alice/wide")} & set(served.repos)
+    assert lab(served, tuned, *push, "alice/held", "--agreed", shown["agree"]).returncode == 0
 
 
 def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run) -> None:
@@ -271,7 +288,7 @@ def test_adapter_merged_model_and_dataset_become_one_collection(served: Hub, tun
     of_kinds = {(item["type"], item["id"]) for item in kept.items}
     assert of_kinds == {("model", "alice/all"), ("model", "alice/all-merged"), ("dataset", "alice/all-data")}
     assert [entry.get("proof", {}).get("state") for entry in pushed] == ["proven", "proven", None]
-    assert [entry["what"] for entry in published(tuned.path)] == ["adapter", "merged", "dataset"]
+    assert [entry["what"] for entry in published(tuned.path)[-3:]] == ["adapter", "merged", "dataset"]
     assert any(name.endswith(".parquet") for name in served.repo("alice/all-data").head.files)
 
 
@@ -342,3 +359,17 @@ def test_a_licence_is_confirmed_for_a_private_dataset_too(
     (folder / "lineage.json").write_text(json.dumps(lineage))
     warning = dataset_part(folder, "alice/set", token=ALICE, private=True).warning or ""
     assert words in warning and bool(words) == bool(warning)
+
+
+def test_a_push_that_is_cancelled_after_its_commit_says_that_it_is_there() -> None:
+    sent: list[Pushed] = []
+    with pytest.raises(Cancelled, match="^cancelled$"), told_when_cancelled(sent):
+        raise Cancelled("cancelled")
+    sent.append(Pushed("http://hub/alice/it", "alice/it", "0123456789", "v3", True, {}))
+    with (
+        pytest.raises(
+            Cancelled, match="http://hub/alice/it: is on the Hub, as v3, commit 01234567, and was not checked"
+        ),
+        told_when_cancelled(sent),
+    ):
+        raise Cancelled("cancelled")

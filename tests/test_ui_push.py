@@ -102,7 +102,7 @@ def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, p
     wanted = asked(run)
     planned = last(part.pushing.plan, None, ALICE, *wanted)
     plan, can_agree = told_at_the_end(part, planned)
-    assert "alice/page: is made, private" in plan and "licence of the dataset is unknown" in plan and can_agree
+    assert "alice/page: is to be made, private" in plan and "licence of the dataset is unknown" in plan and can_agree
     begun = last(part.pushing.begin, None, ALICE, *wanted)
     assert told_at_the_end(part, begun) == (plan, True) and not served.repos, (
         "what nobody has agreed to is shown instead"
@@ -110,7 +110,7 @@ def test_a_model_is_planned_agreed_to_pushed_and_proven(run: Run, served: Hub, p
     other, can_agree = told_at_the_end(
         part, last(part.pushing.go_on, None, begun[0], ALICE, *asked(run, "alice/other"))
     )
-    assert can_agree and "alice/other: is made" in other and not served.repos, "agreed was to another push"
+    assert can_agree and "alice/other: is to be made" in other and not served.repos, "agreed was to another push"
     done, can_agree = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert "✓ Downloaded again and loaded: the logits are equal." in done and "version v1" in done and not can_agree
     assert served.repo("alice/page", "models").private
@@ -123,7 +123,7 @@ def test_adapter_and_merged_model_go_together_into_two_repositories(run: Run, se
     wanted = asked(run, "alice/both", ("adapter", "merged"))
     begun = last(part.pushing.begin, None, ALICE, *wanted)
     plan, _ = told_at_the_end(part, begun)
-    assert "alice/both: is made" in plan and "alice/both-merged: is made" in plan
+    assert "alice/both: is to be made" in plan and "alice/both-merged: is to be made" in plan
     assert "How far this merge is from the model that was trained was not measured" in plan
     done, _ = told_at_the_end(part, last(part.pushing.go_on, None, begun[0], ALICE, *wanted))
     assert done.count("✓ Downloaded again") == 2
@@ -156,7 +156,7 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
     for words in (
         "nothing is chosen",
         "nobody is known to the Hub",
-        "no repository is named; write owner/name",
+        "no repository is named; write name or owner/name",
         "not both",
     ):
         assert words in told
@@ -164,6 +164,14 @@ def test_all_that_is_missing_is_told_at_once(run: Run, served: Hub, part: PushPa
     assert not job
     assert "This cannot be pushed yet" in failed and "bob" in failed
     assert part.show("nothing", "")[0].visible is False
+
+
+def test_what_is_told_goes_when_something_else_is_asked_for(run: Run, served: Hub, part: PushPart) -> None:
+    wanted = asked(run, "alice/told")
+    job_id, *_ = planned = last(part.pushing.plan, None, ALICE, *wanted)
+    assert "alice/told" in told_at_the_end(part, planned)[0]
+    assert list(part.pushing.go_on(None, "", ALICE, *wanted)) == [], "a second click while the first one still asks"
+    assert part.pushing.forget(job_id, *wanted)[2] == "" and part.pushing.forget("", *wanted)[2] == ""
 
 
 @pytest.fixture(scope="module")

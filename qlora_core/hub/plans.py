@@ -10,7 +10,7 @@ from qlora_core.errors import HubError
 from qlora_core.hub.access import KINDS
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, git_oid, sha256
-from qlora_core.hub.releases import FORCE, RECORD, Release, free_version, gate, next_version
+from qlora_core.hub.releases import RECORD, Release, free_version, gate, next_version
 from qlora_core.hub.repos import HUBS_OWN, STAYS_PRIVATE, Remote, look, read_release, writable_name
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class PushPlan:
     refusals: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     stays_private: bool = False
+    pull_request: bool = False
 
     @property
     def changes_anything(self) -> bool:
@@ -70,20 +71,26 @@ class PushPlan:
     def sentences(self) -> list[str]:
         where = f"{self.repo_id}" + ("" if self.revision == "main" else f", revision {self.revision}")
         if self.creates:
-            return [f"{where}: is made, {'private' if self.private else 'public'}, with {len(self.adds)} files"]
+            who = "private" if self.private else "public, for everybody to see"
+            return [f"{where}: is to be made, {who}, as {self.version}", f"  with {_listed(self.adds)}"]
         if not self.changes_anything:
             return [
                 f"{where}: holds exactly these files already, as {self.replaces}",
                 *([f"  {STAYS_PRIVATE}"] if self.stays_private else []),
             ]
-        found = [f"{where}: becomes {self.version}" + (f" in place of {self.replaces}" if self.replaces else "")]
+        proposed = ", once its pull request is merged," if self.pull_request else ""
+        instead = f" in place of {self.replaces}" if self.replaces else ""
+        found = [f"{where}: becomes {self.version}{proposed}{instead}"]
         for what in ("adds", "changes", "removes", "keeps"):
             if names := getattr(self, what):
-                more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-                found.append(f"  {what} {', '.join(names[:LISTED])}{more}")
+                found.append(f"  {what} {_listed(names)}")
         if self.stays_private:
             found.append(f"  {STAYS_PRIVATE}")
         return found
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def plan(
@@ -114,6 +121,7 @@ def plan(
         return made, Remote(None, {}, {}, None)
     _refuse_other_content(repo_id, kind, release, remote)
     found = _compared(repo_id, kind, files, release, remote, private=private, revision=revision)
+    found = replace(found, pull_request=pull_request)
     if not found.changes_anything and _is_tag_of_another(api, repo_id, kind, remote):
         found = replace(found, version=next_version({*remote.tags, found.version}), changes=(RECORD,))
     return found, remote
@@ -144,10 +152,7 @@ def _compared(
     adds, changes = (adds, (*changes, *record)) if RECORD in remote.files else ((*adds, *record), changes)
     what, replaces = f"{kind} {repo_id!r}", before.version if before else None
     worse, unknown = gate(what, before, release) if anything else (None, None)
-    theirs = (
-        f"{what}: holds {', '.join(foreign)} as no push from here made them, and this one would replace them; "
-        f"force it ({FORCE}), or choose another name"
-    )
+    theirs = f"{what}: holds {', '.join(foreign)} as no push from here made them, and this one would replace them"
     replaced = {name: remote.files[name] for name in (*changes, *removes) if name != RECORD}
     return PushPlan(
         repo_id, revision, False, private, remote.head, version, replaces, adds, changes, removes, keeps, foreign,

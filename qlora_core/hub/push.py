@@ -9,7 +9,7 @@ from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, compare, git_oid, sha256
 from qlora_core.hub.plans import PushPlan, plan
-from qlora_core.hub.releases import RECORD, Release, check_revision, check_version
+from qlora_core.hub.releases import RECORD, UNLESS_FORCED, Release, check_revision, check_version
 from qlora_core.hub.repos import Remote, read_release, url_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Push:
 
     def _may(self, planned: PushPlan, agreed: str | None) -> None:
         if planned.refusals and not self.force:
-            raise HubError(*planned.refusals)
+            raise HubError(*(f"{why}; {UNLESS_FORCED}" for why in planned.refusals))
         if planned.touches_others and agreed != planned.digest:
             why = "has changed since its changes were shown" if agreed else "is there already"
             head = f"{self.kind} {planned.repo_id!r}: {why}; look at what this push would change, then push again:"

@@ -11,6 +11,7 @@ from qlora_core.errors import HubError
 RECORD = "release.json"
 MODELS = ("adapter", "merged")
 FORCE = "--force, or “Over a better version” on the page"
+UNLESS_FORCED = f"force it ({FORCE}), or choose another repository"
 # Of an adapter; of the model from which a merged one was made.
 LOSSES, SCORES = ("eval_loss", "trained_eval_loss"), ("score", "trained_score")
 WORSE_SHARE = 0.05  # of the older version's measure, beyond which a version is not published over it
@@ -87,9 +88,7 @@ def gate(what: str, before: Release | None, new: Release) -> tuple[str | None, s
         worse.append(f"{had:.1%} of the same rows right, this one {has:.1%}")
     if not worse:
         return None, None
-    return (
-        f"{what}: its version {before.version} has {'; and '.join(worse)}; force it ({FORCE}), or push it into another repository"
-    ), None
+    return (f"{what}: its version {before.version} has {'; and '.join(worse)}"), None
 
 
 def _first(release: Release, names: Iterable[str]) -> float | None:

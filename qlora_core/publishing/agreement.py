@@ -20,7 +20,7 @@ UNSEEN = Unseen.UNSEEN
 @dataclass(frozen=True)
 class Agreement:
     """`sentences`: what changes; `warnings`: what speaks against it; `plan`: the digest of the changes. `needed` where
-    something is there already or a warning stands."""
+    something is there already, everybody will see it, or a warning stands."""
 
     sentences: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -32,8 +32,8 @@ class Agreement:
         return hashlib.sha256(json.dumps([self.plan, self.warnings]).encode()).hexdigest()[:12]
 
     def check(self, agreed: str | Unseen | None) -> None:
-        """Raises NotAgreed unless `agreed` is the digest of just this, or nothing needs to be agreed to."""
-        if self.needed and agreed not in (self.digest, UNSEEN):
+        """Raises NotAgreed unless `agreed` is the digest of just this, or is None and nothing needs to be agreed to."""
+        if (self.needed or agreed is not None) and agreed not in (self.digest, UNSEEN):
             raise NotAgreed(self, changed=bool(agreed))
 
 

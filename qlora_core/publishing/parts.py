@@ -12,7 +12,7 @@ from qlora_core.errors import RunError
 from qlora_core.model_card import licence_problems, licence_warning
 from qlora_core.publishing.merge_drift import told_of_merge
 from qlora_core.publishing.models import publish
-from qlora_core.publishing.record import record
+from qlora_core.publishing.record import record, told_when_cancelled
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
@@ -76,12 +76,20 @@ def dataset_of(run: Run) -> Path:
     folder = Path(run.config().data or "")
     told = f"{run.run_id}: was trained on {run.dataset().file_name}, which is no prepared dataset"
     if not (folder / LINEAGE).is_file():
-        raise RunError(f"{told}; prepare it (Data, or `python -m qlora_core prepare`), and push that")
+        raise RunError(
+            f"{told}; prepare it (Data, or `python -m qlora_core prepare`), and train on that or push its folder"
+        )
     if PreparedSet.load(folder).lineage["fingerprint"] != run.dataset().origin.get("fingerprint"):
         raise RunError(f"{run.run_id}: the dataset in {folder} has been prepared anew since; push it by its folder")
     return folder
 
 
 def _sent(push: hub.Push, agreed: str, keeper: Path | None) -> dict[str, Any]:
-    pushed = push.run(agreed, committed=lambda pushed: record(keeper, push, pushed))
-    return record(keeper, push, pushed)
+    sent: list[hub.Pushed] = []
+
+    def committed(pushed: hub.Pushed) -> None:
+        sent.append(pushed)
+        record(keeper, push, pushed)
+
+    with told_when_cancelled(sent):
+        return record(keeper, push, push.run(agreed, committed=committed))

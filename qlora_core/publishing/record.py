@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import yaml
 
 from qlora_core import hub
 from qlora_core.errors import ConfigError
+from qlora_core.jobs import Cancelled
 from qlora_core.model_card import CardText
 from qlora_core.model_card.markdown import MOST_PROSE
 from qlora_core.runs import Run, lock
@@ -43,6 +46,18 @@ def record(
         others = [other for other in published(folder) if (other["url"], other["commit"], other["what"]) != same]
         write_json(folder / PUBLISHED, [*others, entry])
     return entry
+
+
+@contextmanager
+def told_when_cancelled(sent: list[hub.Pushed]) -> Iterator[None]:
+    """What somebody ends after its commit is on the Hub all the same."""
+    try:
+        yield
+    except Cancelled:
+        if not sent:
+            raise
+        there = f"{sent[-1].url}: is on the Hub, as {sent[-1].version}, commit {sent[-1].commit[:8]}"
+        raise Cancelled(f"{there}, and was not checked to the end; push again to check it") from None
 
 
 def card_text(run: Run) -> CardText:

@@ -43,7 +43,7 @@ class Together:
             for why in plan.refusals
         ]
         if refused:
-            raise HubError(*refused)
+            raise HubError(*(f"{why}; {hub.UNLESS_FORCED}" for why in refused))
         sentences = []
         for part, plan in zip(self.parts, self.plans, strict=True):
             sentences += [*plan.sentences(), *(f"  {note}" for note in part.notes)]
@@ -54,9 +54,9 @@ class Together:
         told += [why for plan in self.plans for why in (*plan.refusals, *plan.doubts)]
         warnings = tuple(dict.fromkeys(told))
         digest = hashlib.sha256(" ".join([plan.digest for plan in self.plans] + [self.collection]).encode()).hexdigest()
-        changes = any(plan.touches_others for plan in self.plans)
+        shown = any(plan.touches_others or (plan.creates and not plan.private) for plan in self.plans)
         sends = any(plan.changes_anything for plan in self.plans)
-        return Agreement(tuple(sentences), warnings, digest, changes or (sends and bool(warnings)))
+        return Agreement(tuple(sentences), warnings, digest, shown or (sends and bool(warnings)))
 
     def _collection_planned(self) -> str:
         token, endpoint = self.parts[0].push.token, self.parts[0].push.endpoint
@@ -66,8 +66,8 @@ class Together:
     def publish(self, agreed: str | Unseen | None) -> dict[str, Any]:
         """{"pushed": a record each, "collection": its URL}. Raises NotAgreed before anything is sent, LabError naming what is on
         the Hub by then."""
-        self.report("\n".join((*self.agreement.sentences, *self.agreement.warnings)))
         self.agreement.check(agreed)
+        self.report("\n".join((*self.agreement.sentences, *self.agreement.warnings)))
         done: list[dict[str, Any]] = []
         for part, plan in zip(self.parts, self.plans, strict=True):
             try:

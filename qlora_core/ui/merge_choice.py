@@ -17,10 +17,13 @@ ONTO = [
     ("the original 16-bit base", "original"),
 ]
 WHY = {
-    "dequantized": "The adapter learnt to correct the 4-bit weights, so this merge answers as the trained model did.",
+    "dequantized": "The adapter learnt to correct the 4-bit weights, so this merge answers most nearly as the trained model did.",
     "original": "The weights are the better ones, but the adapter never saw them: answers may differ a little.",
-    "lora": "LoRA trained on the original base, so the merge answers as the trained model did.",
+    "lora": "LoRA trained on the original base, so the merge answers as the trained model did, but for the rounding to 16 bits.",
 }
+
+
+HOW_NEAR = "KL and the same token tell how near a merge is to the trained model; its loss may be lower, and its answers others."
 
 
 class MergeChoice:
@@ -71,5 +74,5 @@ def drift_html(found: dict[str, Any]) -> str:
     rows = "".join("<tr>" + "".join(f"<td>{esc(cell)}</td>" for cell in row) + "</tr>" for row in table(found))
     return (
         f'<div class="lab-scroll"><table class="lab-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f"{hint(basis(found))}"
+        f"{hint(basis(found))}{hint(HOW_NEAR)}"
     )

@@ -19,6 +19,15 @@ from qlora_core.ui.words import clock, empty, esc
 
 WHAT = [("Adapter", "adapter"), ("Merged model", "merged"), ("Dataset", "dataset")]
 
+# By the state of its proof; nothing but a model is loaded.
+PROOFS = {
+    None: "✓ arrived as sent",
+    "proven": "✓ arrived as sent, loads, same logits",
+    "pending": "not checked to the end",
+    "differs": "arrived as sent, but its logits differ",
+    "failed": "arrived as sent, but could not be loaded",
+}
+
 
 class PushPart:
     """`run` is the tab's dropdown of runs."""
@@ -98,9 +107,13 @@ class PushPart:
             problems += error.problems
         if not what:
             problems.append("nothing is chosen; tick what to push")
+        run = RunStore(self.settings).get(run_id or "")
+        try:
+            _ = "dataset" in what and publishing.dataset_of(run)
+        except LabError as error:
+            problems += error.problems
         if problems:
             raise ConfigError(*problems)
-        run = RunStore(self.settings).get(run_id or "")
         given += [f"--what={','.join(what)}", *(["--public"] if public else [])]
         if "merged" in what and is_quantised(run):
             given.append(f"--onto={onto}")
@@ -119,9 +132,13 @@ def earlier_html(run: Run) -> str:
         return empty(
             "No push of this run so far", "What arrives is downloaded again, loaded, and compared with what is here."
         )
-    items = "".join(
-        f"<li>{esc(entry['repo_id'])} {esc(entry['version'] or '')} · {esc(entry['what'])} · "
-        f"{esc(entry.get('proof', {}).get('state', 'compared'))} · {clock(entry['at'])}</li>"
-        for entry in reversed(found)
-    )
+    items = "".join(f"<li>{_pushed_before(entry)}</li>" for entry in reversed(found))
     return f'<div class="lab-card"><h3>Pushed before</h3><ul>{items}</ul></div>'
+
+
+def _pushed_before(entry: dict[str, Any]) -> str:
+    url, where = entry.get("pull_request") or entry["url"], f"{entry['repo_id']} {entry['version'] or ''}"
+    proposed = " · pull request" if entry.get("pull_request") else ""
+    proof = PROOFS[entry.get("proof", {}).get("state")]
+    told = f"{esc(entry['what'])}{proposed} · {proof} · {clock(entry['at'])}"
+    return f'<a href="{esc(url)}" target="_blank" rel="noopener">{esc(where)}</a> · {told}'

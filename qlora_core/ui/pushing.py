@@ -17,7 +17,7 @@ from qlora_core.ui.words import esc, problems_panel
 PROVEN = "Downloaded again and loaded: the logits are equal."
 NO_TOKEN = "nobody is known to the Hub; open “Hugging Face account” at the top, and sign in or type a token"
 NO_TOKEN_FOR_CLIENT = "token is missing; pass one with write permission, or set HF_TOKEN where the app is started"
-NO_REPOSITORY = "no repository is named; write owner/name"
+NO_REPOSITORY = "no repository is named; write name or owner/name"
 CHANGED = "It is no longer what was shown before; look again."
 ASKING = '<p class="lab-hint" role="status">Asking the Hub whether this can be pushed …</p>'
 
@@ -44,7 +44,7 @@ class Pushing:
         # The last push of this browser, by its job, whose name nobody can guess: a reload finds it again, and nobody else does.
         # The page renders it outside of the tabs: what is in one that was not opened yet has no value.
         self.remembered = gr.BrowserState("", storage_key=f"qlora-lab-{name}", secret="qlora-lab-push", render=False)
-        self.view = JobView(settings, name, ended=ended_html, failed="The push did not end well")
+        self.view = JobView(settings, name, ended=ended_html, failed="Not pushed as asked")
         self.agree = gr.Button("Push just this", visible=False, variant="primary", elem_id=f"{name}-agree")
 
     @property
@@ -59,10 +59,11 @@ class Pushing:
         self.view.connect(hidden)
         # Only what has ended can be agreed to; while it goes on, the button is hidden by what began it.
         self.view.told.change(self.can_agree, job, self.agree, **hidden)
-        # Not of the first, the run or study: another one brings a view of its own.
+        # Not of the first, the run or study: another one brings a view of its own. And by a person's hand only: as the page
+        # loads, fields change before it is known what they are of.
         gr.on(
             [component.input for component in inputs[1:]],
-            self.forget, job, self.outputs, trigger_mode="always_last", **hidden,
+            self.forget, [job, *inputs], self.outputs, trigger_mode="always_last", **hidden,
         )  # fmt: skip
         identity.line.change(elsewhere, identity.line, self.who, **hidden)
 
@@ -75,24 +76,36 @@ class Pushing:
     def go_on(
         self, signed_in: gr.OAuthToken | None, job_id: str, typed: str, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """What was shown is agreed to; what has changed since is shown instead."""
+        """What was shown is agreed to; where something else is asked for by now, that is shown instead."""
         progress = self.view.progress(job_id)
-        if progress and progress.state == jobs.RUNNING:  # a second click must not put another in its place
+        if progress is None:  # a second click, while the first one still asks the Hub
+            return
+        if progress.state == jobs.RUNNING:  # or while its push goes on, in whose place no other must come
             yield *self.watch(jobs.find(job_id, self.settings)), job_id
             return
-        shown = progress.result.get("agree") if progress else None
-        yield from self._start(typed, signed_in, values, [f"--agreed={shown}"] if shown else [])
+        shown = progress.result.get("agree") if self._is_asked_for(job_id, values) else None
+        yield from self._start(typed, signed_in, values, [f"--agreed={shown}" if shown else "--plan"])
 
     def can_agree(self, job_id: str) -> gr.Button:
         progress = self.view.progress(job_id)
         return gr.Button(visible=bool(progress and progress.result.get("needed")))
 
-    def forget(self, job_id: str) -> tuple[Any, ...]:
-        """A plan is of what was asked then; with something else in the fields nobody can agree to it."""
+    def forget(self, job_id: str, *_: Any) -> tuple[Any, ...]:
+        """A plan or a refusal is of what was asked then; what is under way or done stays."""
         progress = self.view.progress(job_id)
-        if progress and "plan" in progress.result:
-            return self.watch(None)
-        return tuple(gr.skip() for _ in self.outputs)
+        if progress and (progress.state == jobs.RUNNING or "pushed" in progress.result):
+            return tuple(gr.skip() for _ in self.outputs)
+        return self.watch(None)
+
+    def _is_asked_for(self, job_id: str, values: tuple[Any, ...]) -> bool:
+        """Whether the fields ask for just what the job was begun with."""
+        job = jobs.find(job_id, self.settings)
+        try:
+            wished = self.wish(*values).arguments
+        except LabError:
+            return False
+        begun = job.arguments if job else []
+        return wished == [one for one in begun if one not in ("--plan", "--json") and not one.startswith("--agreed=")]
 
     def watch(self, job: jobs.Job | None, otherwise: str = "") -> tuple[Any, ...]:
         return *self.view.watch(job, otherwise), gr.Button(visible=False)
