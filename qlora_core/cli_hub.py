@@ -195,8 +195,12 @@ def _parts_of_run(run: Run, options: argparse.Namespace, report: jobs.Reporter) 
     if card and not options.plan:
         publishing.keep_card_text(run, card)
     asked, parts = _asked(options, report), []
-    data = publishing.dataset_of(run) if "dataset" in what else None  # before a merge that takes minutes
     token = asked.pop("token")
+    # Before a merge that takes minutes.
+    data = publishing.dataset_of(run) if "dataset" in what else None
+    if options.collection and "merged" in what:
+        owner = hub.full_name(options.repo_id, hub.account(token)).partition("/")[0]
+        hub.plan_collection(options.collection, owner, token=token, private=not options.public)
     for one, name in publishing.repositories(options.repo_id, what).items():
         if one == "dataset":
             parts.append(publishing.dataset_part(data, name, run=run, token=token, **asked))

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from study_builders import analysed, study, study_run
 from study_folders import lay_down
 from tiny_models import make_run, train_here
+from transformers import AutoModelForCausalLM
 
 from qlora_core.errors import DatasetError, RunError
 from qlora_core.hub import Pushed
 from qlora_core.jobs import Cancelled
-from qlora_core.merging import adapter_sha256
+from qlora_core.merging import adapter_sha256, merge
 from qlora_core.publishing import dataset_of, dataset_part, published, run_or_study
 from qlora_core.publishing.merge_drift import told_of_merge
 from qlora_core.publishing.record import told_when_cancelled
@@ -132,6 +133,20 @@ def test_a_merged_model_is_pushed_and_loads_as_it_is_here(served: Hub, run: Run)
     assert entry["proof"]["state"] == "proven", entry["proof"]
     repo = served.repo("alice/whole", "models")
     assert not repo.private and {"config.json", "model.safetensors", "README.md"} <= repo.head.files.keys()
+
+
+def test_a_merged_model_in_several_shards_arrives_whole(served: Hub, tuned: Run) -> None:
+    """Shards as a model of more than a gigabyte has them."""
+    folder = merge(tuned, onto="original")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    assert len(shards := sorted(path.name for path in folder.glob("model-*.safetensors"))) > 2
+    (folder / "model.safetensors").unlink()
+    (entry,) = said(
+        lab(served, tuned, "push", tuned.run_id, "--repo-id", "shards", "--what", "merged", "--yes", "--json")
+    )["pushed"]
+    held = served.repo("alice/shards", "models").head.files.keys()
+    assert {*shards, "model.safetensors.index.json"} <= held and "model.safetensors" not in held
+    assert entry["proof"]["state"] == "proven", entry["proof"]
 
 
 def test_what_comes_back_with_other_bytes_is_pushed_but_not_proven(
