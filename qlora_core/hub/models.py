@@ -1,6 +1,6 @@
 """A model's folder to a model repository: which of its files go there. Reads no weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,12 @@ def model_push(
     token: str,
     release: Release,
     files: Mapping[str, Content],
-    allow: Sequence[str] | None = None,
     **asked: Any,
 ) -> Push:
-    """The push of what `release.what` is, with `files` beside it; `allow`: other patterns than ALLOWED. See Push for what may be
-    `asked`. Raises HubError where something of it is missing or leads out of the folder."""
+    """The push of what `release.what` is, with `files` beside it. See Push for what may be `asked`.
+    Raises HubError where something of it is missing or leads out of the folder."""
     what = release.what
-    found = {**chosen(Path(folder), allow or ALLOWED[what]), **files}
+    found = {**chosen(Path(folder), ALLOWED[what]), **files}
     missing = [pattern for pattern in NEEDED[what] if not any(Path(name).match(pattern) for name in found)]
     if missing:
         raise HubError(f"{str(folder)!r}: has no {', '.join(missing)}, so it is no {what} that could be pushed")

@@ -35,13 +35,13 @@ ABOUT = {
 }
 
 
-def readme(study: Mapping[str, Any], files: Mapping[str, bytes], *, repo_id: str, licence: str | None = None) -> str:
-    """The card of a report. `study` is what study.json holds, `files` all that lies beside the card, by name; `licence` that of
-    the report. Raises KeyError, TypeError or AttributeError where `study` was not written by `report.bundle`."""
+def readme(study: Mapping[str, Any], files: Mapping[str, bytes], *, repo_id: str) -> str:
+    """The card of a report. `study` is what study.json holds, `files` all that lies beside the card, by name.
+    Raises KeyError, TypeError or AttributeError where `study` was not written by `report.bundle`."""
     held = [name for name in TABLES if f"{name}.csv" in files]
     shown = [name for name in held if loads_as_one_table(files[f"{name}.csv"])]
     name = plain(study["study"]["name"]) or "study"
-    front: dict[str, Any] = {"pretty_name": name, **licence_fields(licence), "tags": list(TAGS)}
+    front: dict[str, Any] = {"pretty_name": name, **licence_fields(None), "tags": list(TAGS)}
     if shown:
         front["configs"] = [
             {"config_name": one, "data_files": f"{one}.csv"} | ({"default": True} if one == shown[0] else {})
@@ -72,7 +72,7 @@ def readme(study: Mapping[str, Any], files: Mapping[str, bytes], *, repo_id: str
         "## What it ran on",
         _grounds(study),
         "## Licence",
-        _licence(study, licence, has_rows=ANSWERS in held),
+        _licence(study, has_rows=ANSWERS in held),
         "## Limits",
         "It was measured with these models, rows, steps and devices, and says nothing of others. A verdict is as sure as it says.",
     ]
@@ -226,9 +226,8 @@ def _grounds(study: Mapping[str, Any]) -> str:
     return table(("what", "which"), rows) if rows else "Nothing has finished."
 
 
-def _licence(study: Mapping[str, Any], licence: str | None, *, has_rows: bool) -> str:
-    own = f"This report: {code(licence)}." if licence else "This report: no licence was named."
+def _licence(study: Mapping[str, Any], *, has_rows: bool) -> str:
     configs = [run["config"] for run in study["runs"] if run.get("config")]
     rows = ", ".join(dict.fromkeys(code(config.get("dataset_license") or "unknown") for config in configs)) or "unknown"
     part = "which are part of it" if has_rows else "which are not part of it"
-    return f"{own} The rows that the runs learnt from, {part}: {rows}."
+    return f"No licence of this report was named. The rows that the runs learnt from, {part}: {rows}."
