@@ -201,7 +201,8 @@ def test_a_push_is_found_again_after_a_reload_and_can_be_cancelled(page: Publish
     page.type_token(ALICE)
     page.ask("alice/slow", "plan")
     expect(page.agree).to_be_visible()
-    page.field("push-repo").fill("alice/slower")  # as a text that is pasted
+    page.field("push-repo").press("End")
+    page.field("push-repo").press_sequentially("er")
     expect(page.agree).to_be_hidden()
     expect(page.told).not_to_contain_text("What a push would change")
     page.page.locator("#push-go").dblclick()

@@ -59,12 +59,12 @@ class Pushing:
         self.view.connect(hidden)
         # Only what has ended can be agreed to; while it goes on, the button is hidden by what began it.
         self.view.told.change(self.can_agree, job, self.agree, **hidden)
-        # Not of the first, the run or study: another one brings a view of its own.
-        fields, latest = inputs[1:], {"trigger_mode": "always_last", **hidden}
-        # `change`, since a text that is pasted is no `input` to gradio; what was refused before there was a job goes by a
-        # person's hand only: as the page loads, fields change before it is known what they are of.
-        gr.on([field.change for field in fields], self.forget, [job, *inputs], self.outputs, **latest)
-        gr.on([field.input for field in fields], self.forget_refusal, job, self.view.told, **latest)
+        # Not of the first, the run or study: another one brings a view of its own. And by a person's hand only: as the page
+        # loads, fields change before it is known what they are of.
+        gr.on(
+            [component.input for component in inputs[1:]],
+            self.forget, [job, *inputs], self.outputs, trigger_mode="always_last", **hidden,
+        )  # fmt: skip
         identity.line.change(elsewhere, identity.line, self.who, **hidden)
 
     def plan(self, signed_in: gr.OAuthToken | None, typed: str, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -90,17 +90,12 @@ class Pushing:
         progress = self.view.progress(job_id)
         return gr.Button(visible=bool(progress and progress.result.get("needed")))
 
-    def forget(self, job_id: str, *values: Any) -> tuple[Any, ...]:
+    def forget(self, job_id: str, *_: Any) -> tuple[Any, ...]:
         """A plan or a refusal is of what was asked then; what is under way or done stays."""
         progress = self.view.progress(job_id)
-        stays = progress is None or progress.state == jobs.RUNNING or "pushed" in progress.result
-        if stays or self._is_asked_for(job_id, values):
+        if progress and (progress.state == jobs.RUNNING or "pushed" in progress.result):
             return tuple(gr.skip() for _ in self.outputs)
         return self.watch(None)
-
-    def forget_refusal(self, job_id: str) -> Any:
-        """What was in the way before there was a job."""
-        return gr.skip() if job_id else ""
 
     def _is_asked_for(self, job_id: str, values: tuple[Any, ...]) -> bool:
         """Whether the fields ask for just what the job was begun with."""
