@@ -205,7 +205,7 @@ def test_a_push_is_found_again_after_a_reload_and_can_be_cancelled(page: Publish
     page.field("push-repo").press_sequentially("er")
     expect(page.agree).to_be_hidden()
     expect(page.told).not_to_contain_text("What a push would change")
-    page.page.locator("#push-go").dblclick()
+    page.page.locator("#push-go").click()
     expect(page.told).to_contain_text("alice/slower: is to be made, private")
     served.once.append(("PUT", "/cdn/", HOLD))
     page.agree.dblclick()
