@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,7 @@ def _versions(options: argparse.Namespace, settings: Settings) -> int:
     if options.json:
         print_json({"versions": [asdict(version) for version in found]})
         return 0
-    older = [*found[1:], None]
-    for version, before in zip(found, older, strict=False):
+    for version, before in zip_longest(found, found[1:]):
         release, told = version.release, "not made here"
         if release:
             rows = f"rows {release.dataset_fingerprint[:8]}"

@@ -201,9 +201,16 @@ class RunStore:
         close = [known for known in ids if known.startswith(run_id)] if run_id else []
         if len(close) == 1:
             return Run(self.settings.runs / close[0], self.settings)
-        close = close or [run.run_id for run in self.list() if run_id and run.status().name == run_id]
+        close = close or (self._named(run_id) if run_id else [])
         hint = f"it could be {', '.join(close)}" if close else "`python -m qlora_core runs list` shows those there are"
         raise RunError(f"there is no run {run_id!r}; {hint}")
+
+    def _named(self, name: str) -> list[str]:
+        found = []
+        for run in self.list():
+            with contextlib.suppress(RunError, OSError):  # one that cannot be read has no name
+                found += [run.run_id] if run.config().run_name() == name else []
+        return found
 
     def get_all(self, run_ids: Iterable[str]) -> "list[Run]":
         """Raises RunError naming every one that is not there."""

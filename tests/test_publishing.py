@@ -20,12 +20,12 @@ from tiny_models import make_run, train_here
 from transformers import AutoModelForCausalLM
 
 from qlora_core.errors import DatasetError, RunError
-from qlora_core.hub import Pushed
+from qlora_core.hub import Push, Pushed, Release
 from qlora_core.jobs import Cancelled
 from qlora_core.merging import adapter_sha256, merge
 from qlora_core.publishing import dataset_of, dataset_part, published, run_or_study
 from qlora_core.publishing.merge_drift import told_of_merge
-from qlora_core.publishing.record import told_when_cancelled
+from qlora_core.publishing.record import recording
 from qlora_core.runs import Run, RunStore, lock
 from qlora_core.study import Study
 from qlora_core.worker.proving import prove
@@ -377,14 +377,10 @@ def test_a_licence_is_confirmed_for_a_private_dataset_too(
 
 
 def test_a_push_that_is_cancelled_after_its_commit_says_that_it_is_there() -> None:
-    sent: list[Pushed] = []
-    with pytest.raises(Cancelled, match="^cancelled$"), told_when_cancelled(sent):
+    push = Push("alice/it", "model", ALICE, Release("adapter"), {})
+    with pytest.raises(Cancelled, match="^cancelled$"), recording(None, push):
         raise Cancelled("cancelled")
-    sent.append(Pushed("http://hub/alice/it", "alice/it", "0123456789", "v3", True, {}))
-    with (
-        pytest.raises(
-            Cancelled, match="http://hub/alice/it: is on the Hub, as v3, commit 01234567, and was not checked"
-        ),
-        told_when_cancelled(sent),
-    ):
+    told = "http://hub/alice/it: is on the Hub, as v3, commit 01234567, and was not checked"
+    with pytest.raises(Cancelled, match=told), recording(None, push) as committed:
+        committed(Pushed("http://hub/alice/it", "alice/it", "0123456789", "v3", True, {}))
         raise Cancelled("cancelled")

@@ -329,6 +329,8 @@ def test_unreadable_run_holds_up_nobody_and_can_be_deleted(tmp_path: Path, run: 
     queue.add(other)
     with pytest.raises(RunError, match="config.json cannot be read .*; delete the run"):
         run.status()
+    with pytest.raises(RunError, match=f"there is no run 'other'; it could be {other.run_id}"):
+        RunStore(run.settings).get("other")
     runs.remove_from_queue(run)
     RunStore(run.settings).delete(run)
     assert not run.path.exists() and not run.is_locked() and not run.path.exists()

@@ -13,12 +13,11 @@ from qlora_core.hub.models import model_push
 from qlora_core.hub.plans import PushPlan
 from qlora_core.hub.probe import Also, Probe, probe
 from qlora_core.hub.push import Push, Pushed
-from qlora_core.hub.releases import UNLESS_FORCED, Release
+from qlora_core.hub.releases import Release
 from qlora_core.hub.reports import report_push
 from qlora_core.hub.versions import RolledBack, Version, change, measured, rollback, versions
 
 __all__ = [
-    "UNLESS_FORCED",
     "Account",
     "Also",
     "CollectionItem",

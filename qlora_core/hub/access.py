@@ -41,6 +41,10 @@ class Account:
         own = (self.name,) if self.writes_own else ()
         return owner.casefold() in {name.casefold() for name in (*own, *self.organizations)}
 
+    def lacks(self, permission: str) -> bool:
+        """Of a fine-grained token that tells its permissions; of another it is not known."""
+        return bool(self.permissions) and not any(told.endswith(f" {permission}") for told in self.permissions)
+
     def read_only(self) -> str:
         """Of a token that may not write: that, and what to do."""
         if self.kind == FINE_GRAINED:

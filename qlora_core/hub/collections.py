@@ -131,7 +131,7 @@ def _find(api: "HfApi", title: str, owner: str) -> "Collection | None":
 def _check_owner(title: str, who: Account, owner: str) -> None:
     if who.kind == FINE_GRAINED:
         # Its rights to repositories say nothing of those to collections; where it does not tell of these, the Hub does when asked.
-        if who.permissions and not any(told.endswith(f" {COLLECTS_PERMISSION}") for told in who.permissions):
+        if who.lacks(COLLECTS_PERMISSION):
             raise HubError(f"collection {title!r}: {_remedy(who, owner)}")
         return
     if not who.may_write:

@@ -10,7 +10,7 @@ from qlora_core.errors import HubError
 from qlora_core.hub.access import KINDS
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, git_oid, sha256
-from qlora_core.hub.releases import RECORD, Release, free_version, gate, next_version
+from qlora_core.hub.releases import FORCE, RECORD, Release, free_version, gate, next_version
 from qlora_core.hub.repos import HUBS_OWN, STAYS_PRIVATE, Remote, look, read_release, writable_name
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class PushPlan:
             self.content, self.refusals, self.doubts,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """The refusals, each with its remedy."""
+        return tuple(f"{why}; force it ({FORCE}), or choose another repository" for why in self.refusals)
 
     def sentences(self) -> list[str]:
         where = f"{self.repo_id}" + ("" if self.revision == "main" else f", revision {self.revision}")

@@ -237,10 +237,8 @@ class _Look:
         if self.who.kind == OAUTH:
             lacks = not scopes.has(self.scopes, (wanted,))
             return f"this sign-in may not do that; {scopes.ask_for((wanted,), self.who.name)}" if lacks else ""
-        if self.who.kind == FINE_GRAINED and self.who.permissions:
-            lacks = not any(told.endswith(f" {permission}") for told in self.who.permissions)
-            return f"this token may not do that; give it the permission {permission} on {TOKENS_PAGE}" if lacks else ""
-        return ""
+        lacks = self.who.lacks(permission)
+        return f"this token may not do that; give it the permission {permission} on {TOKENS_PAGE}" if lacks else ""
 
     def _space(self, owner: str) -> str:
         """The Hub tells what is used, to tokens that may know, and nowhere how much is allowed."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from qlora_core.errors import HubError
 from qlora_core.hub.faults import hub_errors
 from qlora_core.hub.files import Content, RepoType, compare, git_oid, sha256
 from qlora_core.hub.plans import PushPlan, plan
-from qlora_core.hub.releases import RECORD, UNLESS_FORCED, Release, check_revision, check_version
+from qlora_core.hub.releases import RECORD, Release, check_revision, check_version
 from qlora_core.hub.repos import Remote, read_release, url_of
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ class Push:
         )
 
     def _may(self, planned: PushPlan, agreed: str | None) -> None:
-        if planned.refusals and not self.force:
-            raise HubError(*(f"{why}; {UNLESS_FORCED}" for why in planned.refusals))
+        if planned.refused and not self.force:
+            raise HubError(*planned.refused)
         if planned.touches_others and agreed != planned.digest:
             why = "has changed since its changes were shown" if agreed else "is there already"
             head = f"{self.kind} {planned.repo_id!r}: {why}; look at what this push would change, then push again:"
@@ -198,20 +199,21 @@ class Push:
     def _send(self, repo_id: str, branch: str | None, adds: "list[CommitOperationAdd]") -> None:
         """One after the other, so that it can be told how far it is. Nobody sees them before the commit. Raises HubError where a
         .gitignore there keeps out some of the files: the client would leave them out without a word, and commit the others."""
+        upload = partial(
+            self.api.preupload_lfs_files,
+            repo_id,
+            repo_type=self.kind,
+            revision=branch,
+            create_pr=self.pull_request,
+            free_memory=False,  # what arrived is compared with it
+        )
         large = [add for add in adds if add.upload_info.size >= LARGE_BYTES]
         sent, total = 0, sum(add.upload_info.size for add in large)
-        for some in (*([add] for add in large), [add for add in adds if add not in large]):
-            if some[0] in large:
-                self.report(f"Sending {some[0].path_in_repo}", sent, total, "bytes")
-            self.api.preupload_lfs_files(
-                repo_id,
-                some,
-                repo_type=self.kind,
-                revision=branch,
-                create_pr=self.pull_request,
-                free_memory=False,  # what arrived is compared with it
-            )
-            sent += sum(add.upload_info.size for add in some)
+        for add in large:
+            self.report(f"Sending {add.path_in_repo}", sent, total, "bytes")
+            upload(additions=[add])
+            sent += add.upload_info.size
+        upload(additions=[add for add in adds if add.upload_info.size < LARGE_BYTES])
         # The Hub's answer of each; the client has no public word for it.
         if ignored := [add.path_in_repo for add in adds if add._should_ignore]:
             raise HubError(

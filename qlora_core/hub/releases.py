@@ -11,7 +11,6 @@ from qlora_core.errors import HubError
 RECORD = "release.json"
 MODELS = ("adapter", "merged")
 FORCE = "--force, or “Over a better version” on the page"
-UNLESS_FORCED = f"force it ({FORCE}), or choose another repository"
 # Of an adapter; of the model from which a merged one was made.
 LOSSES, SCORES = ("eval_loss", "trained_eval_loss"), ("score", "trained_score")
 WORSE_SHARE = 0.05  # of the older version's measure, beyond which a version is not published over it

@@ -13,7 +13,7 @@ from qlora_core.hub.releases import check_version
 from qlora_core.merging import merge, ways
 from qlora_core.model_card import Card, CardText, model_card
 from qlora_core.publishing.proof import prove
-from qlora_core.publishing.record import card_text, published, record, told_when_cancelled
+from qlora_core.publishing.record import card_text, published, record, recording
 from qlora_core.run_status import ACTIVE
 from qlora_core.runs import Run, lock
 from qlora_core.studies import StudyStore
@@ -65,8 +65,8 @@ def prepare(
     check_version(how.version)
     # Refused before minutes of merging. What it will hold is not known yet, so neither whether its version is taken.
     looked = hub.Push(repo_id, "model", token, replace(release, version=""), {"README.md": b""}, **asked).plan()
-    if how.what == "merged" and not how.force and looked.refusals:
-        raise HubError(*(f"{why}; {hub.UNLESS_FORCED}" for why in looked.refusals))
+    if how.what == "merged" and not how.force and looked.refused:
+        raise HubError(*looked.refused)
     name = looked.repo_id
     folder = run.adapter if how.what == "adapter" else merge(run, onto=how.onto, report=report)
     card = card_of(run, name, how)
@@ -134,16 +134,12 @@ def publish(run: Run, folder: Path, push: hub.Push, agreed: str) -> dict[str, An
 
     `agreed` is the digest of the plan that a person has agreed to. Raises HubError, RunError.
     """
-    sent: list[hub.Pushed] = []
-    with lock(run.path / "publish.lock") as held, told_when_cancelled(sent):
+    with (
+        lock(run.path / "publish.lock") as held,
+        recording(run.path, push, proof={"state": "pending"}) as committed,
+    ):
         if held is None:
             raise RunError(f"{run.run_id}: is being pushed already; wait for that push to end")
-
-        def committed(pushed: hub.Pushed) -> None:
-            """It is on the Hub: nothing that goes wrong from here on may hide that."""
-            sent.append(pushed)
-            record(run.path, push, pushed, proof={"state": "pending"})
-
         pushed = push.run(agreed, committed=committed)
         for entry in published(run.path):
             same = (entry["url"], entry["commit"]) == (pushed.url, pushed.commit)

@@ -12,7 +12,7 @@ from qlora_core.errors import RunError
 from qlora_core.model_card import licence_problems, licence_warning
 from qlora_core.publishing.merge_drift import told_of_merge
 from qlora_core.publishing.models import publish
-from qlora_core.publishing.record import record, told_when_cancelled
+from qlora_core.publishing.record import record, recording
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
 from qlora_core.studies import StudyStore
@@ -85,11 +85,5 @@ def dataset_of(run: Run) -> Path:
 
 
 def _sent(push: hub.Push, agreed: str, keeper: Path | None) -> dict[str, Any]:
-    sent: list[hub.Pushed] = []
-
-    def committed(pushed: hub.Pushed) -> None:
-        sent.append(pushed)
-        record(keeper, push, pushed)
-
-    with told_when_cancelled(sent):
+    with recording(keeper, push) as committed:
         return record(keeper, push, push.run(agreed, committed=committed))

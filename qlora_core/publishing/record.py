@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,10 +49,18 @@ def record(
 
 
 @contextmanager
-def told_when_cancelled(sent: list[hub.Pushed]) -> Iterator[None]:
-    """What somebody ends after its commit is on the Hub all the same."""
+def recording(
+    folder: Path | None, push: hub.Push, *, proof: dict[str, Any] | None = None
+) -> Iterator[Callable[[hub.Pushed], None]]:
+    """What a push calls once it is on the Hub: nothing that goes wrong from there on may hide that, nor that somebody ends it."""
+    sent: list[hub.Pushed] = []
+
+    def committed(pushed: hub.Pushed) -> None:
+        sent.append(pushed)
+        record(folder, push, pushed, proof=proof)
+
     try:
-        yield
+        yield committed
     except Cancelled:
         if not sent:
             raise

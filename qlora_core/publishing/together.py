@@ -40,10 +40,10 @@ class Together:
             why
             for part, plan in zip(self.parts, self.plans, strict=True)
             if not part.push.force
-            for why in plan.refusals
+            for why in plan.refused
         ]
         if refused:
-            raise HubError(*(f"{why}; {hub.UNLESS_FORCED}" for why in refused))
+            raise HubError(*refused)
         sentences = []
         for part, plan in zip(self.parts, self.plans, strict=True):
             sentences += [*plan.sentences(), *(f"  {note}" for note in part.notes)]

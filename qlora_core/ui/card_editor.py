@@ -13,6 +13,7 @@ from qlora_core.errors import LabError
 from qlora_core.model_card import CardText, licence_names
 from qlora_core.runs import Run, RunStore
 from qlora_core.settings import Settings
+from qlora_core.ui.merge_choice import is_quantised
 from qlora_core.ui.words import problems_panel
 
 # (field, label, what the card says where it is empty)
@@ -104,7 +105,7 @@ class CardEditor:
 
 def preview(run: Run, what: str, name: str, onto: str) -> str:
     """The card as Markdown that a browser shows: front matter as a code block, pictures within."""
-    merged_onto = onto if what == "merged" and run.config().method == "qlora" else None
+    merged_onto = onto if what == "merged" and is_quantised(run) else None
     card = publishing.card_of(run, name or "owner/name", publishing.Publication(what=what, onto=merged_onto))
     _, front, body = re.split(r"^---$", card.text, maxsplit=2, flags=re.MULTILINE)
     for path, content in card.images.items():

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,8 +59,8 @@ def add_push_endpoint(settings: Settings, told: Callable[..., Any]) -> None:
         }
         with TemporaryDirectory() as folder:
             if card:
-                words = asdict(publishing.as_card_text(card, where="card"))
-                (Path(folder) / "card.yaml").write_text(yaml.safe_dump(words))
+                publishing.as_card_text(card, where="card")  # an error of the file would name the file
+                (Path(folder) / "card.yaml").write_text(yaml.safe_dump(card))
                 given["card"] = f"{folder}/card.yaml"
             arguments = [f"--{name}={value}" for name, value in given.items() if value]
             arguments += [f"--{name}" for name, on in switches.items() if on]

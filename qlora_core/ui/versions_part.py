@@ -1,6 +1,6 @@
 """The versions of a model on the Hub, compared with each other, and the way back to one of them. Keeps nothing."""
 
-from itertools import pairwise
+from itertools import zip_longest
 from typing import Any
 
 import gradio as gr
@@ -100,8 +100,7 @@ def versions_html(found: list[Version]) -> str:
     """Newest first; each compared with the next older one that has the same measure."""
     if not found:
         return empty("No versions yet", "Each push makes one, tagged v1, v2 and so on.")
-    older = [*(later for _, later in pairwise(found)), None]
-    rows = "".join(_row(version, before) for version, before in zip(found, older, strict=True))
+    rows = "".join(_row(version, before) for version, before in zip_longest(found, found[1:]))
     head = "".join(f"<th>{name}</th>" for name in HEADER)
     return f'<div class="lab-scroll"><table class="lab-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
