@@ -210,6 +210,7 @@ def test_a_push_is_found_again_after_a_reload_and_can_be_cancelled(page: Publish
     served.once.append(("PUT", "/cdn/", HOLD))
     page.agree.dblclick()
     assert served.holding.wait(60)
+    expect(page.told).to_contain_text("Sending")  # the browser keeps a push as soon as it shows it
     page.page.reload()
     page.open_again()
     expect(page.told).to_contain_text("Sending")
